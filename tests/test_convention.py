@@ -123,6 +123,42 @@ def test_a_network_may_return_a_sequence_in_one_mode_and_its_mean_in_the_other(n
         assert wanted.shape == (n, CLASSES)
 
 
+class Sliced(nn.Module):
+    """Single steps; features are compared and cut out along their dimension."""
+
+    def __init__(self, node):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(-3), nn.Linear(64, 12), node)
+
+    def forward(self, x):
+        y = self.body(x)
+        return (y - y[:, :1])[:, :9]
+
+
+class Leaky(nn.Module):
+    """A neuron that nobody knows."""
+
+    v = 0.0
+
+    def reset(self):
+        self.v = 0.0
+
+    def forward(self, x):
+        self.v = 0.5 * self.v + x
+        return (self.v > 0.1).to(x)
+
+
+@pytest.mark.parametrize("node", [neuron.IFNode, Leaky])
+@pytest.mark.parametrize("T", [1, 4])
+def test_features_may_be_sliced_in_single_steps(node, T):
+    torch.manual_seed(0)
+    net = Sliced(node())
+    x = three_images()
+    found = SpikingClassifier(net, T)(x)
+    functional.reset_net(net)
+    assert torch.equal(found, torch.stack([net(x) for _ in range(T)]).mean(0))
+
+
 class Turned(nn.Module):
     """Logits of four classes; in training every step of them, time first or second."""
 

@@ -55,8 +55,9 @@ class FirstSpikes:
 def first_spikes(model: object, x: Tensor) -> FirstSpikes | None:
     """The first spiking layer that a forward of images like ``x`` [N, ...] reaches.
 
-    None where that says nothing of its spikes: there is no such layer, its current is not affine in
-    the image or changes over time, or its neurons differ from each other.
+    None where that says nothing of its spikes: there is no such layer, it does not see each image
+    once, its current is not affine in the image or changes over time, or its neurons differ from
+    each other.
     """
     if not isinstance(model, nn.Module) or x[0].numel() > _LARGEST_IMAGE:
         return None
@@ -100,6 +101,8 @@ class _Seen:
             return False
         steps = self._steps()
         self.steps = len(steps)
+        if steps.shape[1] != len(ends) + 1:  # a network that enlarges its batch, to average over it
+            return False
         first, other, between = steps[0].double()
         middle_of_currents = (first + other) / 2
         off = (between - middle_of_currents).abs().max()

@@ -230,8 +230,8 @@ def _say_that_none_is_flipped(model: Model) -> None:
     if any(is_neuron(module) for module in modules):
         warnings.warn(
             "spike_search flips no spikes of this network: the current of its first spiking layer "
-            "is not affine in the image and the same in every time step, or the image is too "
-            "large; its other moves remain",
+            "is not affine in the image and the same in every time step, or the network enlarges "
+            "its batch, or the image is too large; its other moves remain",
             stacklevel=2,
         )
 

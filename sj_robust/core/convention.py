@@ -195,6 +195,7 @@ class _Run:
         steps: Time steps of the neuron that ran fewest; None if none was seen to run.
         lengths: Numbers of steps that single calls of multi-step neurons had, and numbers of calls
             of layers with weights.
+        batches: Numbers of images that single calls of single-step neurons had.
         places: What T may be, if the neuron that ran fewest steps stands in several places.
         resets_itself: Whether a neuron was reset meanwhile.
     """
@@ -204,6 +205,7 @@ class _Run:
     calls: int = 0
     steps: int | None = None
     lengths: frozenset[int] = frozenset()
+    batches: frozenset[int] = frozenset()
     places: frozenset[int] = frozenset()
     resets_itself: bool = False
 
@@ -245,6 +247,8 @@ class _Trial:
         """The convention, or why there is none."""
         self._start()
         fits = self._fits()
+        if not all(_are_alike(fits[0], other) for other in fits[1:]):
+            fits = [fit for fit in fits if self._fits_many(fit.convention)]
         if not fits:
             return self._why_none_fits()
         chosen = fits[0].convention
@@ -287,23 +291,37 @@ class _Trial:
 
     def _agree(self, one: _Fit, other: _Fit) -> bool:
         """Whether two readings give the same logits, except for spikes at the threshold."""
-        if one.logits.shape != other.logits.shape:
-            return False
-        if bool(_alike(one.logits, other.logits).all()):
+        if _are_alike(one, other):
             return True
         a = self._logits_of_many(one.convention.takes)
         b = self._logits_of_many(other.convention.takes)
+        if a.shape != b.shape:
+            return False
         larger = torch.maximum(a.norm(), b.norm())
         difference = (a - b).norm() / larger
         spiking = (a != 0).any(dim=1)  # zeros are the same in any reading
         some_are_alike = bool((_alike(a, b) & spiking).any())
         return some_are_alike and float(difference) <= _SPIKES_AT_THE_THRESHOLD
 
-    def _logits_of_many(self, takes: Takes) -> Tensor:
+    def _fits_many(self, convention: Convention) -> bool:
+        """Whether a reading that fits a few images fits many as well: a slice along the wrong
+        dimension may leave the few whole.
+        """
+        takes = convention.takes
         run = self._run(takes, _MANY)
         if run.error is not None:
-            raise run.error
-        return _mean(run.outputs)
+            self.failed[takes] = run
+            return False
+        T = None if takes == "steps" else convention.T
+        calls = run.outputs if isinstance(run.outputs, list) else [run.outputs]
+        for outputs in calls:
+            if _form(outputs, _MANY, T) is None:
+                self._note_wrong(takes, outputs, _MANY, T)
+                return False
+        return True
+
+    def _logits_of_many(self, takes: Takes) -> Tensor:
+        return _mean(self._run(takes, _MANY).outputs)
 
     def _kept_in(self, takes: Takes) -> ValueError | None:
         """The error that names a state which is not reset, if there is one."""
@@ -366,6 +384,7 @@ class _Trial:
                 calls=watch.calls,
                 steps=watch.steps(),
                 lengths=watch.lengths(),
+                batches=frozenset(watch.batches),
                 places=watch.places(),
                 resets_itself=watch.resets > 0,
             )
@@ -433,6 +452,9 @@ class _Trial:
             return None
         if self._may_differ and run.steps is not None and run.steps % T:
             self.ran["sequence"] = f"its neurons run {run.steps} of {T} steps"
+            return None
+        if self._may_differ and run.batches == {T}:
+            self.ran["sequence"] = f"its neurons treat the {T} steps as images"
             return None
         form = _form(run.outputs, images, T)
         if form is None:
@@ -522,6 +544,7 @@ class _Watch:
         self._of_neurons: dict[nn.Module, list[int]] = {}
         self._of_layers: dict[nn.Module, int] = {}
         self._multi_step: set[int] = set()
+        self.batches: set[int] = set()
         self.resets = 0
         self._handles: list[Any] = []
 
@@ -545,8 +568,11 @@ class _Watch:
         multi_step = getattr(module, "step_mode", "m") == "m"
         length = 1
         x = first_argument(args, kwargs)
-        if multi_step and isinstance(x, Tensor):
-            length = len(x)
+        if isinstance(x, Tensor) and x.ndim:
+            if multi_step:
+                length = len(x)
+            else:
+                self.batches.add(len(x))
         if multi_step:
             self._multi_step.add(length)
         self._of_neurons.setdefault(module, []).append(length)
@@ -806,6 +832,12 @@ def _mean(outputs: object) -> Tensor:
     stacked = torch.stack(outputs) if isinstance(outputs, list) else outputs
     assert isinstance(stacked, Tensor)  # _form has looked at it
     return stacked.mean(0) if stacked.ndim == 3 else stacked
+
+
+def _are_alike(one: _Fit, other: _Fit) -> bool:
+    """Whether two readings give the same logits except for rounding."""
+    a, b = one.logits, other.logits
+    return a.shape == b.shape and bool(_alike(a, b).all())
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:

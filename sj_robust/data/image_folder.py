@@ -173,9 +173,11 @@ def _class_names(part: Path) -> list[str]:
             "test/CLASS/PICTURE, and val/CLASS/PICTURE if you have validation pictures of your "
             "own"
         )
-    names = sorted(
-        path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    inside = sorted(path for path in part.iterdir() if not path.name.startswith("."))
+    for path in inside:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is a link that leads nowhere; mend or remove it")
+    names = [path.name for path in inside if path.is_dir()]
     if len(names) < 2:
         raise FileNotFoundError(
             f"{part.resolve()} must hold a folder per class, at least two, got "
@@ -230,7 +232,9 @@ def _labelled(
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """Pictures below a folder, those behind links as well, sorted."""
+    """Pictures below a folder, those behind links as well, sorted; links that lead nowhere are
+    among them, whatever they are called, as pictures that cannot be read.
+    """
     found: list[Path] = []
     # a link to one of these leads round in a circle
     seen = {parent.resolve() for parent in folder.absolute().parents}
@@ -241,7 +245,8 @@ def _pictures(folder: Path) -> list[Path]:
             continue
         seen.add(place)
         found += [Path(inside, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in _ENDINGS and path.is_file())
+    pictures = [path for path in found if path.suffix.lower() in _ENDINGS and path.is_file()]
+    return sorted([*pictures, *(path for path in found if not path.exists())])
 
 
 def _image(path: Path, size: tuple[int, int]) -> Tensor:

@@ -122,6 +122,19 @@ def test_currents_and_spike_trains_of_the_first_layer_are_those_of_the_network(n
         assert b != a + 1 or codes != others  # and another one in the next
 
 
+class Voting(nn.Module):
+    """A vote over an image and a shifted copy of it, in one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = spiking(
+            layer.Flatten(), layer.Linear(16, 5), neuron.IFNode(), layer.Linear(5, 3)
+        )
+
+    def forward(self, x):
+        return self.model(torch.cat([x, x.roll(1, -1)])).view(2, len(x), -1).mean(0)
+
+
 NOT_AFFINE = {
     "no spikes": (linear_model(16), torch.rand(2, 1, 4, 4)),
     "a function": (lambda x: x.flatten(1), torch.rand(2, 1, 4, 4)),
@@ -143,6 +156,7 @@ NOT_AFFINE = {
         spiking(layer.Flatten(), layer.Linear(16, 5), HomeostaticNode(4), layer.Linear(5, 3)),
         torch.rand(2, 1, 4, 4),
     ),
+    "a batch enlarged inside": (Voting().eval(), torch.rand(2, 1, 4, 4)),
     "event frames": (
         SpikingEventClassifier(
             nn.Sequential(nn.Flatten(2), nn.Linear(32, 3), DLIFNode(T=4)), T=4
@@ -159,7 +173,7 @@ def test_nothing_is_said_of_spikes_that_are_no_function_of_one_affine_current(na
     assert first_spikes(model, x) is None
 
 
-@pytest.mark.parametrize("name", ["max pooling", "latency"])
+@pytest.mark.parametrize("name", ["max pooling", "latency", "a batch enlarged inside"])
 def test_spikes_that_cannot_be_flipped_are_told_and_the_other_moves_remain(name):
     model, x = NOT_AFFINE[name]
     y = predicted(model, x)

@@ -232,6 +232,11 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def dangling(path):
+    path.unlink()
+    path.symlink_to("gone.png")
+
+
 def sixteen_bits(path):
     values = pixels(0, 6, 5).astype(np.uint16) * 256
     Image.fromarray(values).save(path)
@@ -265,6 +270,7 @@ def sixteen_bits_of_colour_in_a_ppm(path):
         text,
         cut,
         empty,
+        dangling,
         sixteen_bits,
         sixteen_bits_of_colour,
         partial(sixteen_bits_of_colour, channels=2),
@@ -324,6 +330,10 @@ def test_folders_that_do_not_agree(folder):
     with pytest.raises(ValueError, match=message):
         load(folder)
     (folder / "test" / "owl").rename(folder / "elsewhere")
+    (folder / "test" / "emu").symlink_to("owl")
+    with pytest.raises(FileNotFoundError, match="test/emu is a link that leads nowhere"):
+        load(folder)
+    (folder / "test" / "emu").unlink()
     message = r"test/emu is missing. Every part must hold the same 3 classes, cat, dog, emu"
     with pytest.raises(ValueError, match=message):
         load(folder)
