@@ -198,8 +198,8 @@ EXTRAS = {
     "yaml",
 }
 # A module of ours that imports a package of an extra gets the error that it would get where the
-# extra is not installed. SpikingJelly brings some of these packages itself, so theirs are let
-# through.
+# extra is not installed. SpikingJelly brings some of these packages itself, so its imports are let
+# through, but for tensorboard, which 0.0.0.0.14 imports and does not bring.
 WITHOUT_EXTRAS = f"""
 import builtins, importlib, pkgutil
 
@@ -207,7 +207,8 @@ found = builtins.__import__
 
 def without_extras(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {{}}).get("__name__", "")
-    if name.partition(".")[0] in {EXTRAS} and importer.startswith("sj_robust"):
+    package = name.partition(".")[0]
+    if package == "tensorboard" or package in {EXTRAS} and importer.startswith("sj_robust"):
         raise ModuleNotFoundError(f"{{globals['__name__']}} imports {{name}}")
     return found(name, globals, locals, fromlist, level)
 
