@@ -129,16 +129,23 @@ WRONG = [
             None: r"eps must be a number or a fraction such as 8/255, got None",
             True: r"eps must be a number or a fraction such as 8/255, got True",
             Odd(): r"eps must be a number or a fraction such as 8/255, got Odd\(\)",
-            (0.1, 0.2): r"eps must be a number or a fraction such as 8/255, got \(0.1, 0.2\)",
             -0.1: r"eps must be >= 0 and finite, got -0.1",
             NAN: r"eps must be >= 0 and finite, got nan",
             INF: r"eps must be >= 0 and finite, got inf",
         }.items()
     ),
-    Wrong(
-        (*CARDS, verify),
-        {"eps": torch.tensor([0.1, 0.2])},
-        r"eps must be a number or a fraction such as 8/255, got tensor",
+    *(
+        Wrong((stress, verify), {"eps": eps}, r"eps must be a number or a fraction such as 8/255")
+        for eps in ((0.1, 0.2), torch.tensor([0.1, 0.2]))
+    ),
+    *(
+        Wrong((evaluate,), {"eps": eps}, message)
+        for eps, message in {
+            (): "eps must hold a radius or more",
+            (0.1, "x"): "eps must be a number or a fraction such as 8/255, got 'x'",
+            (0.1, 8): "eps must be <= 1",
+            (0, 0.1): "eps must be > 0 to attack at all",
+        }.items()
     ),
     Wrong(CARDS, {"eps": 0}, r"eps must be > 0 to attack at all, got 0.*'8/255'"),
     Wrong(CARDS, {"eps": "0/255"}, r"eps must be > 0 to attack at all"),

@@ -2,9 +2,13 @@
 
 import math
 import struct
-from typing import SupportsFloat
+from collections.abc import Iterable
+from typing import SupportsFloat, cast
 
-__all__ = ["eps_text", "parse_eps", "plain_eps"]
+__all__ = ["Radii", "eps_text", "parse_eps", "parse_radii", "plain_eps"]
+
+Radii = str | SupportsFloat | Iterable[str | SupportsFloat]
+"""A radius, or several of a curve."""
 
 
 def eps_text(eps: float) -> str:
@@ -65,6 +69,27 @@ def parse_eps(text: str | SupportsFloat) -> float:
     if str(getattr(text, "dtype", "")) in ("float32", "torch.float32"):
         return _shortest(eps)
     return eps
+
+
+def parse_radii(eps: Radii) -> list[float]:
+    """The radii of one, or of several, each once and in increasing order. 解析一个或多个半径。
+
+    Args:
+        eps: A radius as :func:`parse_eps` takes it, or a list, tuple or array of them.
+
+    Raises:
+        ValueError: If there is none, or one is not a radius.
+
+    Examples:
+        >>> parse_radii("8/255") == [8 / 255], parse_radii([0.2, "0.1", 0.2])
+        (True, [0.1, 0.2])
+    """
+    if isinstance(eps, str) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0:
+        return [parse_eps(cast("str | SupportsFloat", eps))]
+    radii = sorted({parse_eps(radius) for radius in eps})
+    if not radii:
+        raise ValueError("eps must hold a radius or more, got none; give one such as '8/255'")
+    return radii
 
 
 def _shortest(eps: float) -> float:

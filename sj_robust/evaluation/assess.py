@@ -134,7 +134,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     verified = proved.get("verified", ())
     outcome = parts.run("suite", data, (*plan.members, *control), verified)
     rows = [*outcome.rows, *parts.rows_of_proofs(proved)]
-    if request.checks and not _has_curve(rows, request.threat):
+    if request.radii or (request.checks and not _has_curve(rows, request.threat)):
         estimators = [row["estimator"] for row in trials if row["chosen"]]
         rows += parts.over_eps(estimators[0] if estimators else "training")
     if request.checks and "verified" in proved:
@@ -288,7 +288,7 @@ class _Parts:
         """Accuracy over eps, from a short attack at every radius."""
         of_events = self.threat.of_events
         self.say("accuracy over the number of changes" if of_events else "accuracy over eps")
-        radii = _radii(self.threat, elements=self.x[0].numel())
+        radii = self.request.radii or _radii(self.threat, elements=self.x[0].numel())
         threats = [replace(self.threat, eps=eps) for eps in radii]
         samples = gradient_draws(self.draws, self.threat)
         levels = [_level(threat, estimator, samples) for threat in threats]

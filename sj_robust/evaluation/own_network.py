@@ -28,6 +28,7 @@ from sj_robust.core.checks import (
     check_text,
 )
 from sj_robust.core.environment import device_of
+from sj_robust.core.eps import Radii, parse_radii
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode, full_precision
 from sj_robust.evaluation.assess import assess
@@ -60,7 +61,7 @@ def evaluate(
     x: Images,
     y: Tensor | None = None,
     *,
-    eps: float | str,
+    eps: Radii,
     norm: NormName | None = None,
     largest_shift: int | None = None,
     total_shift: int | None = None,
@@ -92,7 +93,8 @@ def evaluate(
         y: Labels [N] int64.
         eps: Radius, a number or a string such as ``"8/255"``; for L0 the number of changed
             elements, with ``counts`` that of added and removed events; for moves the number of
-            moved events.
+            moved events. Of several, ``Report.over_eps`` has them all; the suite runs at the
+            largest.
         norm: Norm of the perturbation; None means Linf, or L0 for event frames.
         largest_shift: For moves, the largest number of frames by which an event may be moved; None
             means no limit.
@@ -141,8 +143,9 @@ def evaluate(
     """
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
+    *smaller, largest = parse_radii(eps)
     budget = _budget(
-        eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift, counts=counts
+        eps=largest, norm=norm, largest_shift=largest_shift, total_shift=total_shift, counts=counts
     )
     given = _given(model, T=T, mean=mean, std=std)
     settings = _settings(
@@ -150,12 +153,15 @@ def evaluate(
     )
     data = _data(x, y, batch_size, given, counts=counts)
     threat = budget.threat(data)
+    for radius in smaller:
+        check_radius(replace(threat, eps=radius))
     chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
     check_suite(chosen, threat)
     check_rounds(chosen, rounds)
     check_shape(chosen, data[0][0], draws=draws or 1)
     with _prepared(given, data, settings, decay=decay, gain=gain) as prepared:
-        asked = replace(prepared.request(chosen, threat), rounds=rounds)
+        radii = (*smaller, largest) if smaller else ()
+        asked = replace(prepared.request(chosen, threat), rounds=rounds, radii=radii)
         return assess(prepared.subject, data, asked)
 
 
@@ -232,7 +238,11 @@ def stress(
         faults = _checked_faults(faults, suite)
     steps = check_count("steps", steps)
     budget = _budget(
-        eps=eps, norm=norm, largest_shift=largest_shift, total_shift=total_shift, counts=counts
+        eps=parse_eps(eps),
+        norm=norm,
+        largest_shift=largest_shift,
+        total_shift=total_shift,
+        counts=counts,
     )
     given = _given(model, T=T, mean=mean, std=std)
     settings = _settings(
@@ -272,7 +282,7 @@ class _Budget:
 
 def _budget(
     *,
-    eps: float | str,
+    eps: float,
     norm: NormName | None,
     largest_shift: int | None,
     total_shift: int | None,
@@ -282,7 +292,7 @@ def _budget(
         check_choice("norm", norm, get_args(NormName))
     check_switch("counts", counts)
     return _Budget(
-        eps=parse_eps(eps),
+        eps=eps,
         norm=norm,
         largest_shift=largest_shift,
         total_shift=total_shift,

@@ -37,6 +37,7 @@ class Request:
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
         checks: Whether accuracy over eps and signs of gradient masking are measured too.
+        radii: Radii of accuracy over eps; none for a quarter of the threat's to four times it.
         rounds: How many times the attacks of the suite are run.
         faults: What a stress test measures; None takes every kind at its usual levels.
         steps: Steps of the attack of a stress test.
@@ -55,6 +56,7 @@ class Request:
     proofs: bool = True
     control: bool = True
     checks: bool = True
+    radii: tuple[float, ...] = ()
     rounds: int = 1
     faults: Sequence[Fault | Corruption] | None = None
     steps: int = 20

@@ -1,6 +1,5 @@
 """Bounds of a smoothed classifier: certified accuracy in L2 and accuracy under attack."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.gradient import pgd
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.core.checks import check_count, check_labels, check_seed, check_size
+from sj_robust.core.checks import check_count, check_labels, check_seed
 from sj_robust.core.environment import device_of, environment
+from sj_robust.core.eps import Radii, parse_radii
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.result import Row
@@ -31,7 +31,7 @@ def smoothed_bracket(
     x: Tensor,
     y: Tensor,
     smoothing: Smoothing,
-    radii: Sequence[float],
+    eps: Radii,
     *,
     steps: int = 20,
     eot_samples: int = 16,
@@ -56,8 +56,8 @@ def smoothed_bracket(
         x: The images for which it was smoothed.
         y: Labels [N] int64.
         smoothing: The result of :func:`sj_robust.proofs.smooth` for them.
-        radii: L2 radii, >= 0.
-        steps: Steps of PGD, each of 2.5 radii / steps.
+        eps: L2 radius, >= 0, or several.
+        steps: Steps of PGD, each of 2.5 eps / steps.
         eot_samples: Number of noisy copies over which a gradient is averaged.
         n0: Number of draws to guess the class of a vote.
         batch_size: Images attacked at a time.
@@ -88,9 +88,7 @@ def smoothed_bracket(
     check_count("steps", steps)
     seed = check_seed("seed", seed)
     data = Data.of_tensors(x, y, check_count("batch_size", batch_size))
-    ordered = sorted({check_size("radii", radius) for radius in radii})
-    if not ordered:
-        raise ValueError("radii must hold an L2 radius or more, got none")
+    ordered = parse_radii(eps)
     variant = f"vote:{smoothing.sigma:g}"
     right = smoothing.certified(y)
     wrong = [i for i, label in enumerate(smoothing.prediction) if label != ABSTAINED]

@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.eps import Radii, parse_radii
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.saved import SavedResult, markdown_table
@@ -90,7 +90,7 @@ def intensity_correlation(
     y: Tensor,
     *,
     perturb: Mapping[str, Perturbation],
-    eps: Sequence[float],
+    eps: Radii,
     layers: Layers = "all",
     input_gain: bool = True,
     batch_size: int = 64,
@@ -126,7 +126,7 @@ def intensity_correlation(
         perturb: For the name of every direction, a callable from images, classes and size to
             perturbed images of the same shape, such as ``lambda x, y, eps: x + eps *
             torch.randn_like(x)``.
-        eps: At least two sizes > 0 in increasing order.
+        eps: At least two sizes > 0.
         layers: Spiking layers, as in ``MPPDMonitor``.
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation.
         batch_size: Images at a time; the traces of all layers are kept for one batch.
@@ -138,7 +138,7 @@ def intensity_correlation(
         The result.
 
     Raises:
-        ValueError: If there is no direction, sizes are not positive and increasing, a count is
+        ValueError: If there is no direction, sizes are not positive or fewer than two, a count is
             below 1, ``x`` and ``y`` differ in length, no image is classified correctly, or the
             network has no neuron to follow.
 
@@ -403,12 +403,11 @@ def _associations_from(plain: dict[str, Any]) -> dict[str, Any]:
     return {key: _associations_from(value) for key, value in plain.items()}
 
 
-def _checked_sizes(eps: Sequence[float]) -> list[float]:
-    sizes = [float(size) for size in eps]
-    growing = all(smaller < larger for smaller, larger in pairwise(sizes))
-    if len(sizes) < 2 or sizes[0] <= 0 or not growing:
+def _checked_sizes(eps: Radii) -> list[float]:
+    sizes = parse_radii(eps)
+    if len(sizes) < 2 or sizes[0] <= 0:
         raise ValueError(
-            f"eps must be at least two growing sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]"
+            f"eps must be at least two sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]"
         )
     return sizes
 

@@ -52,6 +52,11 @@ def test_accuracy_over_eps_goes_from_a_quarter_of_the_radius_to_four_times_it(no
     assert [float(point.eps) for point in report.over_eps] == radii
 
 
+def test_accuracy_over_eps_has_the_radii_that_are_asked_for():
+    report, _ = assessed(ThreatModel("Linf", 0.2), radii=(0.05, 0.2))
+    assert [float(point.eps) for point in report.over_eps] == [0, 0.05, 0.2]
+
+
 def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of_all():
     report, said = assessed(ThreatModel("L2", 0.1), sizes=(200, 100))
     assert said[0] == "firing rates on 256 images"

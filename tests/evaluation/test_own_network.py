@@ -138,11 +138,19 @@ def test_a_radius_and_numbers_per_channel_are_checked_once(asked, monkeypatch):
 
         monkeypatch.setattr(own_network, name, call)
 
-    counted("parse_eps")
+    counted("parse_radii")
     counted("check_channels")
     sj_robust.evaluate(lif("m"), *images(FEW), eps="8/255", T=T, progress=False, **NORMAL)
-    assert sorted(calls) == ["check_channels", "check_channels", "parse_eps"]
+    assert sorted(calls) == ["check_channels", "check_channels", "parse_radii"]
     assert asked[-1][3].configuration == {"T": T, "mean": (0.3,), "std": (0.5,)}
+    assert asked[-1][3].radii == ()
+
+
+@pytest.mark.parametrize("eps", [["8/255", 0.1, 0.01], torch.tensor([0.01, 0.1, 8 / 255])])
+def test_of_several_radii_the_largest_is_attacked(asked, eps):
+    sj_robust.evaluate(lif("m"), *images(FEW), eps=eps, T=T, progress=False)
+    request = asked[-1][3]
+    assert (request.threat, request.radii) == (ThreatModel("Linf", 0.1), (0.01, 8 / 255, 0.1))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ Y = torch.zeros(6, dtype=torch.int64)
 
 
 def bracket(smoothing, radii=(0.25, 0.0, 0.15), **options):
-    return smoothed_bracket(half_space(), X, Y, smoothing, radii, **options)
+    return smoothed_bracket(half_space(), X, Y, smoothing, **{"eps": radii} | options)
 
 
 def ends(found, radius):
@@ -113,14 +113,15 @@ def test_a_certified_image_that_falls_is_named_and_does_not_count_as_certified()
 def test_radii_may_be_an_array():
     smoothing = smooth(half_space(), X, SIGMA, generator=seeded())
     found = bracket(smoothing, radii=np.array([0.0, 0.15]))
-    assert ends(found, 0.15) == ends(bracket(smoothing, radii=[0.0, 0.15]), 0.15)
+    assert ends(found, 0.15) == ends(bracket(smoothing, radii=["0", 0.15]), 0.15)
+    assert ends(bracket(smoothing, radii=0.0), 0.0) == ends(found, 0.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"radii": []}, "radii must hold an L2 radius"),
-        ({"radii": [-1.0]}, "radii must be finite and >= 0"),
+        ({"eps": []}, "eps must hold a radius"),
+        ({"eps": [-1.0]}, "eps must be >= 0"),
         ({"steps": 0}, "steps must be >= 1"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"seed": -1}, "seed must be >= 0"),

@@ -306,7 +306,7 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
         ("plain --which curves", ValueError, "holds no training history"),
         ("broken --which gains", ValueError, "cannot be read as a checkpoint"),
         ("plain --which gains", ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),
-        ("plain --which intensity --eps 0.2 0.1", ValueError, "two growing sizes > 0"),
+        ("plain --which intensity --eps 0.2", ValueError, "two sizes > 0"),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, options, error, reason):
