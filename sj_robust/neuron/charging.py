@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from sj_robust.core.checks import check_network
+from sj_robust.core.checks import check_network, check_values
 from sj_robust.core.host import is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode, Spiking, describe_surrogate
 from sj_robust.ops import Surrogate
@@ -141,6 +141,7 @@ def find_neurons(
     out of range.
     """
     check_network(net)
+    check_values(net)
     candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
     if not candidates:
         raise ValueError(
