@@ -18,6 +18,7 @@ from sj_robust.core.checks import (
     check_generator,
     check_network,
     check_steps,
+    check_values,
 )
 from sj_robust.core.convention import (
     TAKES,
@@ -521,9 +522,10 @@ def as_classifier(
     Raises:
         TypeError: If ``net`` is not a network, or T no integer.
         ValueError: If T is missing, T, mean or std are given for a classifier, which has its own,
-            or it cannot be found out how the network is called.
+            the network is on the device ``meta``, or it cannot be found out how it is called.
     """
     check_network(net)
+    check_values(net)
     if isinstance(net, SpikingClassifier):
         T = check_steps(T)
         if T is not None and vars(net).get("T", T) != T:

@@ -46,6 +46,21 @@ class Counted(nn.Module):
         return self.parts(x_seq)
 
 
+class Keeping(nn.Module):
+    """A network that adds what it has seen, and has neurons or not."""
+
+    def __init__(self, ends=True):
+        super().__init__()
+        self.linear = nn.Linear(SIDE * SIDE, CLASSES)
+        self.end = neuron.LIFNode(v_threshold=0.1, step_mode="m") if ends else nn.Identity()
+        self.seen = 0.0
+        self.eval()
+
+    def forward(self, x):
+        self.seen = 0.5 * self.seen + self.linear(x.flatten(-3))
+        return self.end(x.flatten(-3)).sum(-1, keepdim=True) + self.seen
+
+
 def compiled_in_place(net):
     net.compile(backend="eager")
     return net
@@ -279,6 +294,15 @@ WRONG = [
         }.items()
     ),
     *(
+        Wrong((call,), {NETWORK[call]: network, "T": T}, message)
+        for call in ALL
+        for network, T, message in (
+            (Counted().to("meta"), 3, "must hold values, got parts.1.weight on the device meta"),
+            (Keeping(), 3, r"keeps a state that .* \(seen\), .* method reset\(\)"),
+        )
+    ),
+    Wrong(CARDS, {"model": Keeping(ends=False), "T": None}, r"carries a state .* \(seen\)"),
+    *(
         Wrong(
             (call,),
             {NETWORK[call]: torch.compile(SpikingClassifier(Counted(), T=3)), "T": None},
@@ -378,6 +402,7 @@ WRONG = [
     Wrong(CARDS, {"folder": __file__}, r"folder must be a folder, but .* is a file; give another"),
     Wrong(CARDS, {"folder": f"{__file__}/a/b"}, r"folder must be a folder, .* is a file; give"),
     Wrong(CARDS, {"folder": "/proc/x"}, r"folder must be a folder that can be written, .*; give"),
+    Wrong(CARDS, {"folder": f"a/{'n' * 300}"}, r"folder must have names of at most 255 bytes"),
     Wrong(CARDS, {"folder": 3}, r"folder must be the path of a folder, got 3; use a str"),
     Wrong(CARDS, {"folder": ""}, r"folder must be the path of a folder, got ''; use a str"),
     *(

@@ -38,6 +38,7 @@ __all__ = [
     "check_switch",
     "check_tensor",
     "check_text",
+    "check_values",
     "did_you_mean",
     "is_checked",
     "is_compiled",
@@ -576,6 +577,25 @@ def check_network(net: object, name: str = "net") -> None:
         raise TypeError(
             f"{name} must be a network (nn.Module), got {kind}; build it first, as in MyNet()"
         )
+
+
+def check_values(net: nn.Module) -> None:
+    """Raise ValueError for a network on torch's device ``meta``, which keeps no values.
+    检查网络是否位于 meta 设备。
+
+    Examples:
+        >>> check_values(nn.Linear(2, 2, device="meta"))
+        Traceback (most recent call last):
+            ...
+        ValueError: the network must hold values, got weight on the device meta; build it on another
+        device, or call net.to_empty(device="cpu") and load its weights
+    """
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        if value.is_meta:
+            raise ValueError(
+                f"the network must hold values, got {name} on the device meta; build it on another "
+                'device, or call net.to_empty(device="cpu") and load its weights'
+            )
 
 
 def is_compiled(network: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Finds out by trial what a network takes and returns: images, sequences or single time steps."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeGuard
@@ -14,16 +14,19 @@ from torch.nn.parameter import is_lazy
 
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import base, first_argument, from_reset, is_neuron
+from sj_robust.core.preserved import uncompiled
 
 __all__ = [
     "TAKES",
     "Convention",
+    "Snapshot",
     "Takes",
     "checked_logits",
     "find_convention",
     "kept_state",
     "own_steps",
     "step_mode_of",
+    "unreset",
     "untouched",
 ]
 
@@ -146,7 +149,13 @@ def checked_logits(outputs: object, images: int, T: int | None = None) -> Tensor
 
 
 @torch.no_grad()
-def kept_state(model: nn.Module, images: Tensor) -> tuple[str, ...]:
+def kept_state(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    run: Callable[[Tensor], object] | None = None,
+    resets: bool = True,
+) -> tuple[str, ...]:
     """What a model keeps from one call to the next, if that changes its logits; empty if not.
     网络中未被重置的状态。
 
@@ -156,6 +165,8 @@ def kept_state(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     Args:
         model: A network, a classifier or any module.
         images: What it takes.
+        run: What calls it; None calls it with the images.
+        resets: Whether it is reset before a call; False for a model that nobody resets.
 
     Returns:
         Names of the attributes that changed, such as ``("layer.v",)``; the model's class if none
@@ -165,8 +176,19 @@ def kept_state(model: nn.Module, images: Tensor) -> tuple[str, ...]:
         >>> kept_state(nn.Linear(2, 2), torch.rand(3, 2))
         ()
     """
+    call = model if run is None else run
     with untouched(model, hooks=True) as kept:
-        return _state_in(kept, model, lambda: model(images), images.device)
+        return _state_in(kept, model, lambda: call(images), images.device, resets=resets)
+
+
+def unreset(model: nn.Module, names: Iterable[str]) -> ValueError:
+    """The error of a model that keeps a state of these names. 状态未重置的错误。"""
+    return ValueError(
+        f"the network ({type(model).__name__}) keeps a state that functional.reset_net does not "
+        f"reset ({', '.join(names)}), so its logits depend on earlier calls; give the module that "
+        "holds it a method reset(), or derive it from SpikingJelly's base.MemoryModule and "
+        "register the state with register_memory"
+    )
 
 
 def step_mode_of(net: nn.Module) -> str:
@@ -327,14 +349,7 @@ class _Trial:
         """The error that names a state which is not reset, if there is one."""
         with untouched(self.net, hooks=self.hooks) as kept:
             names = _state_in(kept, self.net, lambda: self._call(takes, 2), self.device)
-        if not names:
-            return None
-        return ValueError(
-            f"the network ({self._name}) keeps a state that functional.reset_net does not reset "
-            f"({', '.join(names)}), so its logits depend on earlier calls; give the module that "
-            "holds it a method reset(), or derive it from SpikingJelly's base.MemoryModule and "
-            "register the state with register_memory"
-        )
+        return unreset(self.net, names) if names else None
 
     @property
     def _may_differ(self) -> bool:
@@ -671,10 +686,11 @@ class _Kept:
                     tensor.copy_(value)
 
 
-class _Snapshot:
-    """What the modules of a network hold."""
+class Snapshot:
+    """What the modules of a network hold. 网络内容快照。"""
 
     def __init__(self, net: object) -> None:
+        """Copy it."""
         modules = dict(net.named_modules()) if isinstance(net, nn.Module) else {}
         self._kept = {name: _Kept(module) for name, module in modules.items()}
 
@@ -693,20 +709,19 @@ class _Snapshot:
 
 
 @contextmanager
-def untouched(net: object, *, hooks: bool = True) -> Iterator[_Snapshot]:
+def untouched(net: object, *, hooks: bool = True) -> Iterator[Snapshot]:
     """A network is as before afterwards; meanwhile it is not compiled, and calls ``hooks`` or not.
 
     Hooks of ``torch.nn.utils``, such as those of weight norm, are part of what the network
     computes and stay.
     """
     modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    snapshot = _Snapshot(net)
+    snapshot = Snapshot(net)
     try:
-        for module in modules:
-            vars(module).pop("_compiled_call_impl", None)
-            if not hooks:
+        with uncompiled(net) if isinstance(net, nn.Module) else nullcontext():
+            for module in () if hooks else modules:
                 _remove_hooks(module)
-        yield snapshot
+            yield snapshot
     finally:
         snapshot.restore()
         # weights that autocast has cast without a graph would lose the caller's gradients
@@ -758,12 +773,18 @@ def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def _state_in(
-    kept: _Snapshot, net: nn.Module, call: Callable[[], object], device: torch.device
+    kept: Snapshot,
+    net: nn.Module,
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    resets: bool = True,
 ) -> tuple[str, ...]:
     """What changed between two equal calls that gave unlike outputs; empty if they are alike."""
     outputs = []
     for _ in range(2):
-        with from_reset(net, _SEED, device), torch.inference_mode(False), torch.no_grad():
+        start = from_reset(net if resets else None, _SEED, device)
+        with start, torch.inference_mode(False), torch.no_grad():
             outputs.append(call())
     if _same(*outputs):
         return ()

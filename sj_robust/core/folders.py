@@ -1,5 +1,6 @@
 """Folders and files named by a user: checks before any work, and a lock."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["check_folder", "locked", "read_text"]
+__all__ = ["check_folder", "check_names", "locked", "read_text"]
+
+_LONGEST = 255
+"""Bytes of a name in a file system."""
 
 
 def check_folder(name: str, folder: str | Path | None) -> Path | None:
@@ -20,7 +24,7 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
 
     Raises:
         TypeError: If it is neither a path nor None.
-        ValueError: If it is a file, lies in one, or takes no files.
+        ValueError: If it is a file, lies in one, takes no files, or has a name too long.
 
     Examples:
         >>> check_folder("folder", "runs/mine").name
@@ -37,6 +41,7 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
             f"{name} must be the path of a folder, got {folder!r}; use a str, a Path or None"
         )
     path = Path(folder)
+    check_names(name, path)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
         inside = "" if there == path else f"got {path}, "
@@ -52,6 +57,16 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
             f"{name} must be a folder that can be written, got {path} ({error.strerror}); give "
             "another path"
         ) from error
+
+
+def check_names(name: str, path: Path) -> None:
+    """File systems take every name in a path; else ValueError. 检查路径中名称的长度。"""
+    longest = max((os.fsencode(part) for part in path.parts), key=len, default=b"")
+    if len(longest) > _LONGEST:
+        raise ValueError(
+            f"{name} must have names of at most {_LONGEST} bytes, as file systems do, got one of "
+            f"{len(longest)}, {longest[:40]!r}...; give a shorter one"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import did_you_mean
-from sj_robust.core.convention import checked_logits
+from sj_robust.core.convention import checked_logits, kept_state
 from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
@@ -225,7 +225,10 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
             )
     once = [1] * (images.ndim - 1)
     image = images[:1].repeat(_COPIES, *once).requires_grad_()
+    kept: tuple[str, ...] = ()
     try:
+        if not isinstance(subject.model, SpikingClassifier):  # which has looked for one
+            kept = kept_state(subject.model, image, resets=False)
         outputs = subject.model(image)
     except Exception as error:  # foreign code raises anything
         dtypes = {weight.dtype for weight in subject.model.parameters()}
@@ -239,6 +242,11 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         raise ValueError(
             f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}"
         ) from error
+    if kept:
+        raise ValueError(
+            f"{subject.name} carries a state from one call to the next ({', '.join(kept)}), so its "
+            "logits depend on earlier calls; reset it in its forward"
+        )
     logits = checked_logits(outputs, _COPIES)
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from sj_robust.core.checks import check_network
+from sj_robust.core.checks import check_network, check_values
 from sj_robust.core.host import is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode, Spiking, describe_surrogate
 from sj_robust.ops import Surrogate
@@ -151,6 +151,7 @@ def find_neurons(
             advise.
     """
     check_network(net)
+    check_values(net)
     followed: dict[str, Neuron] = {}
     unsupported: dict[str, str] = {}
     candidates = _candidates(net)

@@ -18,6 +18,7 @@ from sj_robust.core.checks import (
     check_steps,
     check_tensor,
 )
+from sj_robust.core.convention import Snapshot, kept_state, unreset
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.random_numbers import RandomNumbers
@@ -247,8 +248,9 @@ class MPPDMonitor:
             :class:`LayerStats` by name.
 
         Raises:
-            ValueError: If the inputs differ in shape or are not finite, or if a network in step
-                mode ``"s"``, or with some neurons in it, is called only once.
+            ValueError: If the inputs differ in shape or are not finite, if a network in step mode
+                ``"s"``, or with some neurons in it, is called only once, or if it keeps a state
+                that is not reset.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
         if x.shape != x_perturbed.shape:
@@ -271,6 +273,7 @@ class MPPDMonitor:
         numbers = RandomNumbers(run, x.device)  # a classifier's encoder is outside net
         enabled = self.is_enable()
         kept = self._recording.kept
+        before = Snapshot(self._net)
         try:
             self.enable()
             self._recording.kept = kept._replace(statistics=True)
@@ -283,6 +286,8 @@ class MPPDMonitor:
                 functional.reset_net(self._net)
                 with numbers.again(), self.perturbed():
                     run(x_perturbed)
+                if before.changed() and (names := kept_state(self._net, x, run=run)):
+                    raise unreset(self._net, names)
             return _stats_of(_totals_of(self._recording.pairs))
         finally:
             self._recording.kept = kept

@@ -108,6 +108,7 @@ class TrainingRun:
             *Losses._fields,
             *(f"penalty/{penalty.name}" for penalty in objective.penalties),
         )
+        self.stepped = False  # of the present epoch, not counting steps that a scaler left out
         self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64)
         self.history: list[EpochRecord] = []
 
@@ -137,6 +138,8 @@ class TrainingRun:
         self.batches.epoch = self.epoch
         self.batches.first_batch = self.batch
         self.objective.train()
+        before = [weight.detach().clone() for weight in self._trained()]
+        self.stepped = False
         for x, y in self.training_loader:
             self._check_labels(y)
             losses, signal_number = self._step(self._moved(x), self._moved(y), perturb, received)
@@ -147,6 +150,11 @@ class TrainingRun:
             if due or signal_number is not None:
                 self.checkpoint("last.pt")
             self.raise_if_interrupted(signal_number)
+        if self.stepped and all(map(torch.equal, before, self._trained())):
+            raise ValueError(
+                f"no weight changed in epoch {self.epoch + 1}: gradients are zero, or steps "
+                f"smaller than rounding; raise lr, {self._lr:g} here, or see that neurons fire"
+            )
 
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
@@ -166,7 +174,7 @@ class TrainingRun:
             epoch=self.epoch + 1,
             losses=self._by_name(self.sums / self.batch),
             validation=validation,
-            lr=float(self.scheduler.get_last_lr()[0]),
+            lr=self._lr,
         )
         best = max((earlier.validation[self.plan.select] for earlier in self.history), default=-1.0)
         self.history.append(record)
@@ -184,6 +192,15 @@ class TrainingRun:
             self.checkpoint("best.pt")
         self.checkpoint("last.pt")
         return record
+
+    def _trained(self) -> list[Tensor]:
+        """The weights that are trained."""
+        return [weight for weight in self.objective.parameters() if weight.requires_grad]
+
+    @property
+    def _lr(self) -> float:
+        """Learning rate of the present epoch."""
+        return float(self.scheduler.get_last_lr()[0])
 
     def raise_if_interrupted(self, signal_number: int | None) -> None:
         """Stop where a checkpoint was just written, if a signal asked for it."""
@@ -280,6 +297,7 @@ class TrainingRun:
             parameters = self.objective.parameters()
             self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
         self.optimizer.step()
+        self.stepped |= not self.optimizer.step_was_skipped
         project_parameters_(self.classifier)
         if self.plan.retraction > 0:
             seed = mixed(self.plan.seed, self.epoch, self.batch)

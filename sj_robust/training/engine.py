@@ -27,7 +27,14 @@ from sj_robust.training.objective import Objective
 from sj_robust.training.plan import TrainingPlan
 from sj_robust.training.processes import TrainingInterrupted, collected_signals
 
-__all__ = ["NonFiniteLossError", "TrainingInterrupted", "TrainingPlan", "check_training", "train"]
+__all__ = [
+    "NonFiniteLossError",
+    "TrainingInterrupted",
+    "TrainingPlan",
+    "check_trainable",
+    "check_training",
+    "train",
+]
 
 
 def train(
@@ -76,8 +83,8 @@ def train(
         OSError: If a checkpoint cannot be written; the previous one is then intact.
         ValueError: If a checkpoint is damaged, is from another program or from a run with other
             options, a label is not one of the classes, the batch cannot be shared equally, the
-            network is wrapped in ``nn.DataParallel`` or cannot be compiled, or ``plan.select`` is
-            not an accuracy of the validation.
+            network is wrapped in ``nn.DataParallel`` or cannot be compiled, ``plan.select`` is not
+            an accuracy of the validation, or no weight changes in an epoch.
 
     Source: training of Ding et al. (ICML 2024), section 5, with selection on validation images.
     """
@@ -85,6 +92,7 @@ def train(
     plan.check_select(validation_attacks)
     net = objective.classifier.net
     with ExitStack() as stack:
+        stack.callback(objective.zero_grad)  # nothing is left on the user's network
         if plan.sync_batch_norm and accelerator.num_processes > 1:
             stack.enter_context(synchronised_batch_norm(net))
         last = folder / "last.pt"
@@ -121,6 +129,28 @@ def train(
                 journal.on_epoch(record, scalars, warning)
             run.raise_if_interrupted(run.agreed_signal(received))
     return run.history
+
+
+def check_trainable(net: nn.Module) -> None:
+    """Raise ValueError for a network without a weight to train, or with one in half precision, in
+    which small steps are lost by rounding. 检查网络是否可训练。
+
+    Examples:
+        >>> check_trainable(nn.Linear(2, 2))
+    """
+    trained = {name: value for name, value in net.named_parameters() if value.requires_grad}
+    if not trained:
+        raise ValueError(
+            "the network must have a weight to train, got none with requires_grad; call "
+            "net.requires_grad_(), or set it for the layers that are to be trained"
+        )
+    for name, value in trained.items():
+        if value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"weights must be float32 to be trained, got {value.dtype} in {name}, whose "
+                "rounding swallows the steps; call net.float(), and for half precision train "
+                'inside torch.autocast("cuda", torch.bfloat16)'
+            )
 
 
 def check_training(
@@ -185,11 +215,7 @@ def _check_provable(
 def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerator) -> None:
     """Refuse what would train something else than asked for."""
     plan.check_processes(accelerator.num_processes)
-    if not any(weight.requires_grad for weight in objective.parameters()):
-        raise ValueError(
-            "the network must have a weight to train, got none with requires_grad; call "
-            "net.requires_grad_(), or set it for the layers that are to be trained"
-        )
+    check_trainable(objective)
     for name, module in objective.named_modules():
         if isinstance(module, nn.DataParallel | DistributedDataParallel):
             raise ValueError(

@@ -33,8 +33,9 @@ from sj_robust.core.checks import (
 from sj_robust.core.console import working
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder, locked
-from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.preserved import evaluation_mode, uncompiled
 from sj_robust.data import ImageSplits, image_loader
+from sj_robust.data.checked import CheckedImages
 from sj_robust.data.stored import FileImages, StoredImages
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.data import Data
@@ -43,7 +44,7 @@ from sj_robust.evaluation.run.identity import Answers, Identity, identify, seede
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run
 from sj_robust.neuron.charging import NeuronKey, stated
-from sj_robust.training.engine import check_training, train
+from sj_robust.training.engine import check_trainable, check_training, train
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import (
@@ -102,17 +103,17 @@ def finetune(
 
         L = 0.5 * CE(f(x), y) + 0.5 * CE(f(x~), y) + rho * MS-MPPD(x, x~)
 
-    The network is trained in place. A part of the training images is held out, and the network gets
-    the weights of the epoch that is best on them under attack. With a ``folder``, the same call
-    resumes an interrupted training.
+    The network is trained in place, without ``torch.compile`` if it is compiled. A part of the
+    training images is held out, and the network gets the weights of the epoch that is best on them
+    under attack. With a ``folder``, the same call resumes an interrupted training.
 
     Args:
         net: A bare SpikingJelly network, with ``T`` and, if it expects normalised images, ``mean``
             and ``std``; or a :class:`SpikingClassifier`. A network with random weights is trained
             from scratch.
         data: Images of :func:`sj_robust.data.load_images`; or training images in [0, 1] as a data
-            set of pairs (image [C, H, W], class), a ``DataLoader``, whose data set is used, or two
-            tensors (x [N, C, H, W], y [N]).
+            set of pairs (image [C, H, W], class), of which more than a pair is left out, a
+            ``DataLoader``, whose data set is used, or two tensors (x [N, C, H, W], y [N]).
         eps: Linf radius of the attack, a number or a string such as ``"8/255"``.
         test: Images for the report, in the same form as ``data``; None uses the test images of
             ``ImageSplits``, or the held-out images of other data, by which the epoch is selected,
@@ -146,8 +147,9 @@ def finetune(
         BlockingIOError: If another process trains in the folder.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is wrong, network and images do not belong together, the network
-            has no spiking layers or no weight that requires a gradient, the images are event
-            frames, or the folder holds another training.
+            has no spiking layers, no weight that requires a gradient or one in half precision, the
+            images are event frames, the folder holds another training, or no weight changes in an
+            epoch.
         NonFiniteLossError: If the loss becomes NaN or infinite.
         TrainingInterrupted: After Ctrl-C; the network then holds the weights of the last step.
 
@@ -171,6 +173,7 @@ def finetune(
         data, test, fraction=validation_fraction, seed=check_seed("seed", seed), mean=mean, std=std
     )
     classifier = _classifier(net, splits, T=T, mean=mean, std=std)
+    check_trainable(net)
     splits = _with_classes(splits, classifier)
     chosen = MODES[mode]
     if rho is None:
@@ -215,11 +218,12 @@ def finetune(
     }
     description: dict[str, Any] = {"finetune": configuration}
     accelerator = Accelerator(cpu=device_of(classifier).type == "cpu")
-    watching = objective.monitor or nullcontext()  # whose hooks are gone afterwards
+    watching = objective.monitor or nullcontext()
     with (
-        watching,
+        watching,  # whose hooks are gone afterwards
         stated(classifier.net, decay, gain),
         evaluation_mode(net),
+        uncompiled(net),
         _folder(kept, net, accelerator) as place,
     ):
         journal = Journal(place if progress else None)
@@ -352,7 +356,7 @@ def _with_classes(splits: ImageSplits, classifier: SpikingClassifier) -> ImageSp
     """The images, with the number of classes that the network tells apart."""
     subject = Subject(type(classifier.net).__name__, classifier, "")
     image = splits.train[0][0].unsqueeze(0).to(device_of(classifier))
-    with evaluation_mode(classifier):
+    with evaluation_mode(classifier), uncompiled(classifier):
         classes = check_fits(subject, image, splits.classes or None, splits.name)
     return replace(splits, classes=classes)
 
@@ -368,9 +372,15 @@ def _splits(
 ) -> ImageSplits:
     """Images to train on, to select by and to report on."""
     splits = data if isinstance(data, ImageSplits) else _held_out(data, fraction, seed)
+    image = splits.train[0][0].unsqueeze(0)
     if test is not None:
         splits = replace(splits, test=_images("test", test))
-    image = splits.train[0][0].unsqueeze(0)
+        other = splits.test[0][0].unsqueeze(0)
+        if other.shape != image.shape or other.dtype != image.dtype:
+            raise ValueError(
+                f"test must hold images like those of data, {image.dtype} {list(image.shape[1:])}, "
+                f"got {other.dtype} {list(other.shape[1:])}; resize or convert them"
+            )
     if image.ndim == 5:
         raise ValueError(
             f"data must be images [C, H, W], got event frames {list(image.shape[1:])}; train on "
@@ -414,18 +424,18 @@ def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
 
 def _images(name: str, given: Images) -> Subset[tuple[Tensor, ...]]:
     """The data set of what was given."""
-    if isinstance(given, tuple):
+    if isinstance(given, tuple) and len(given) == 2:
         x, y = given
         check_images(x)
         check_labels(y, x)
-        return Subset(TensorDataset(x, y), range(len(x)))
+        given = TensorDataset(x, y)
     found = given.dataset if isinstance(given, DataLoader) else given
     if not isinstance(found, Dataset) or not isinstance(found, Sized):
         raise TypeError(
             f"{name} must be a data set with a length, its DataLoader or two tensors (x, y), got "
             f"{type(given).__name__}; give torch.utils.data.TensorDataset(x, y)"
         )
-    return Subset(found, range(len(found)))
+    return Subset(CheckedImages(name, found), range(len(found)))
 
 
 def _classifier(
@@ -464,7 +474,7 @@ def _digest_of_images(splits: ImageSplits, journal: Journal) -> str:
 
 def _repeats(images: object) -> bool:
     """Whether a data set is known to give the same images in every pass."""
-    while isinstance(images, Subset):
+    while isinstance(images, Subset | CheckedImages):
         images = images.dataset
     return type(images) in (TensorDataset, StoredImages, FileImages)
 

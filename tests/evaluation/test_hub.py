@@ -134,6 +134,9 @@ def test_wrong_use_and_a_missing_package_are_told(tmp_path, monkeypatch):
         PROVED.push_to_hub("someone/net", 3)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         PROVED.push_to_hub("someone/net", tmp_path / "nowhere.pt")
+    monkeypatch.setenv("NO_PROXY", "*")
+    with pytest.raises(ConnectionError, match="nowhere.invalid cannot be reached"):
+        PROVED.push_to_hub("someone/net", endpoint="http://nowhere.invalid")
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     for use in (PROVED.model_card, lambda: PROVED.push_to_hub("someone/net")):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'sj_robust\[hub\]'"):

@@ -440,3 +440,23 @@ def test_one_neuron_for_layers_of_different_size():
     net = Shared(nn.Identity(), nn.Linear(6, 3))
     with pytest.raises((ValueError, RuntimeError)):
         MPPDMonitor(net).compare(*inputs(), forward=in_steps(net))
+
+
+class Keeping(nn.Module):
+    """A network whose currents depend on earlier calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.node = neuron.LIFNode(step_mode="m")
+        self.seen = 0.0
+
+    def forward(self, x_seq):
+        self.seen = 0.5 * self.seen + x_seq.mean()
+        return self.node(x_seq + self.seen)
+
+
+def test_a_network_without_values_or_with_a_state_of_its_own_is_refused():
+    with pytest.raises(ValueError, match=r"weight on the device meta"):
+        MPPDMonitor(net_of(neuron.LIFNode()).to("meta"))
+    with pytest.raises(ValueError, match=r"keeps a state that .* \(seen\)"):
+        MPPDMonitor(Keeping()).compare(*inputs())

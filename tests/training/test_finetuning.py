@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from covering import mostly_slow
@@ -13,6 +14,7 @@ from rich.console import Console
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import ToPILImage
 from training.small_run import splits
 
 import sj_robust
@@ -95,7 +97,7 @@ def test_a_network_of_ones_own_becomes_robust_in_place():
     assert right == report.under("clean", variant="after").correct
 
 
-FORMS = ["tensors", "data set", "loader", "classes as numbers"]
+FORMS = ["tensors", "data set", "loader", "classes as numbers", "arrays and names"]
 
 
 @pytest.mark.parametrize("kind", mostly_slow(FORMS, quick=["loader"]))
@@ -107,6 +109,7 @@ def test_images_may_come_in_every_usual_form(kind):
         "data set": STRIPES.train,
         "loader": DataLoader(STRIPES.train, 4),
         "classes as numbers": OfPairs(numbers),
+        "arrays and names": OfPairs([(x.numpy(), np.int64(y), "name") for x, y in numbers]),
     }
     report = finetune(network(), given[kind], **QUICK)
     assert report.dataset == "images"
@@ -373,6 +376,34 @@ def test_images_without_a_split_of_their_own_need_no_fraction(tmp_path):
     finetune(linear(), STRIPES, validation_fraction=0.3, **options)
 
 
+COMPILED = {
+    "by torch.compile": lambda net: torch.compile(net, backend="eager"),
+    "in place": lambda net: net.compile(backend="eager") or net,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_network_is_trained_without_its_compilation(how):
+    plain = linear()
+    finetune(plain, STRIPES, **QUICK)
+    net = linear()
+    finetune(COMPILED[how](net), STRIPES, **QUICK)
+    assert same(weights(plain), weights(net))
+    assert all(weight.grad is None for weight in net.parameters())
+
+
+def test_a_training_that_moves_no_weight_is_an_error():
+    with pytest.raises(ValueError, match="no weight changed in epoch 1.* raise lr, 1e-30"):
+        finetune(linear(), STRIPES, **QUICK | {"lr": 1e-30})
+
+
+def pairs(image=lambda x: x, label=int, number=3):
+    """A data set with one odd item."""
+    items = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
+    items[number] = image(items[number][0]), label(items[number][1])
+    return OfPairs(items)
+
+
 FEATURES = TensorDataset(torch.zeros(20, 6), torch.zeros(20, dtype=torch.int64))
 FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.int64))
 
@@ -390,6 +421,19 @@ FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.
             r"data must be images \[C, H, W\], got \[6\]; give features as images",
         ),
         ({"data": (2 * torch.ones(20, 1, 4, 4), torch.arange(20) % 3)}, r"\[0, 1\]"),
+        ({"data": (X, Y, Y)}, "data must be .* two tensors .* got tuple"),
+        ({"data": (X.numpy(), Y)}, "x must be a tensor of images, got ndarray"),
+        ({"data": (X, torch.eye(3)[Y])}, r"y must be int64, .* y.argmax\(1\) of one-hot"),
+        ({"data": OfPairs([{"image": X[0], "label": 0}] * 20)}, r"data\[0\] .* got a dict of 'i"),
+        ({"data": pairs(label=lambda y: torch.eye(3)[y])}, r"data\[3\] .*label.argmax\(\)"),
+        ({"data": pairs(label=str)}, r"class of data\[3\] must be an integer, got a str"),
+        ({"data": pairs(ToPILImage())}, r"image of data\[3\] must be a tensor .* ToTensor"),
+        ({"data": pairs(lambda x: x[:, 1:])}, r"data\[3\] must be float32 \[1, 4, 4\] .* 3, 4\]"),
+        ({"data": pairs(lambda x: x.double())}, r"data\[3\] must be float32 .*, got float64"),
+        ({"test": (X[:, :, 1:], Y)}, r"test must hold images like those of data, .*; resize"),
+        ({"test": (X[:0], Y[:0])}, "test must contain at least one image, got none"),
+        ({"net": linear().half()}, r"float32 .* got torch.float16 in 1.weight.* torch.autocast"),
+        ({"net": linear().bfloat16()}, r"float32 .* got torch.bfloat16 in 1.weight"),
         ({"net": nn.Flatten()}, "net must be a spiking network, got Flatten"),
         ({"net": "net"}, "net must be"),
         ({"validation_fraction": 0.0, "data": STRIPES.train}, "must leave images on both sides"),

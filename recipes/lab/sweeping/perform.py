@@ -7,6 +7,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,8 @@ from sj_robust.evaluation.result import Accuracy
 from sj_robust.training import TrainingInterrupted
 
 LOG_FILE = "output.txt"
+PATIENCE = 120.0
+"""Seconds that runs have to write their checkpoints when they are asked to stop."""
 _REPORT = "report.json"
 
 
@@ -42,10 +45,13 @@ class Attempt:
         run: The run.
         gpus: GPUs of this machine that it sees, as in ``CUDA_VISIBLE_DEVICES``; None leaves the
             choice to the cluster.
+        sweep: File that its sweep keeps locked, and with whose end, however it comes, the run is
+            stopped; None for a run that goes on without it, as on a cluster.
     """
 
     run: PlannedRun
     gpus: str | None = None
+    sweep: Path | None = None
 
     def __call__(self) -> str | None:
         """Perform the run; returns the error in a line, or None after success."""
@@ -62,6 +68,8 @@ class Attempt:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus  # submitit sets it to none
         try:
             self._print_to_file()
+            if self.sweep is not None:
+                threading.Thread(target=_stop_with, args=(self.sweep,), daemon=True).start()
             with _alone(self.run.folder):
                 perform(self.run)
         except (KeyboardInterrupt, TrainingInterrupted):
@@ -83,6 +91,17 @@ class Attempt:
         with (self.run.folder / LOG_FILE).open("ab") as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
+
+
+def _stop_with(sweep: Path) -> None:
+    """Stop this process when the one that holds a lock is gone; the system frees that of one that
+    was killed.
+    """
+    with FileLock(sweep).acquire(poll_interval=0.5):
+        print("the sweep has ended: stopping", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def perform(run: PlannedRun) -> RunRecord:

@@ -13,6 +13,7 @@ from lab.command_line import read_file
 from lab.sweeping.grid import value_text, values_in
 from lab.sweeping.recipe import Recipe, Resolved
 from lab.sweeping.record import RECORD_FILE, RunRecord
+from sj_robust.core.folders import check_names
 
 OPTIONS_FILE = "options.yaml"
 
@@ -78,7 +79,7 @@ def plan_runs(
 
     Raises:
         SystemExit: If an option is unknown or wrong, after a message.
-        ValueError: If a run of the same name had other options.
+        ValueError: If a run of the same name had other options, or its name is too long.
     """
     suites = {}
     for suite, given in evaluations.items():
@@ -98,6 +99,7 @@ def plan_runs(
         if path is None:
             shown = {name: options[name] for name in varied if name not in resolved.idle}
             path = folder / "runs" / _name(cell, shown, seed)
+            check_names("a run, whose folder is called by its options,", path)
             owner = owners.get(path.name)
             if owner is not None:
                 if owner not in planned:  # a run of an earlier sweep

@@ -11,16 +11,15 @@ from typing import Any, Literal
 
 import submitit
 import torch
+from filelock import FileLock
 from submitit.core.utils import environment_variables
 
 from lab import paths_for_children
-from lab.sweeping.perform import Attempt
+from lab.sweeping.perform import PATIENCE, Attempt
 from lab.sweeping.plan import PlannedRun
 
 Cluster = Literal["local", "slurm"]
 
-_PATIENCE = 120.0
-"""Seconds that runs have to write their checkpoints when they are asked to stop."""
 _TIMEOUT = {"local": 10**6, "slurm": 24 * 60}
 """Minutes that a job may take, unless an option says otherwise."""
 
@@ -73,14 +72,17 @@ def perform_all(
     share its GPUs in turn. On a cluster all are queued at once.
 
     When the iteration is left, by Ctrl-C for instance, the runs are asked to stop, and can be
-    resumed later. When the process is killed, they go on, as on a cluster; another sweep with one
-    of these runs then waits until it has ended.
+    resumed later. When the process is killed, those on this machine stop by themselves, and those
+    on a cluster go on; another sweep with one of these runs waits until it has ended.
     """
     local = executor.cluster == "local"
     slots = jobs if local else len(runs)
     environment = paths_for_children() | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
     waiting = deque(runs)
     running: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
+    alive = FileLock(executor.folder / f"sweep-{os.getpid()}.lock") if local else None
+    if alive is not None:
+        alive.acquire()
     try:
         while waiting or running:
             free = [slot for slot in range(slots) if slot not in running]
@@ -89,7 +91,10 @@ def perform_all(
                 with _interrupts_held(), environment_variables(**environment), executor.batch():
                     for slot in starting:
                         run = waiting.popleft()
-                        attempt = Attempt(run, gpus_of(slot) if local else None)
+                        attempt = Attempt(run)
+                        if alive is not None:
+                            lock = Path(alive.lock_file).absolute()
+                            attempt = Attempt(run, gpus_of(slot), lock)
                         running[slot] = run, executor.submit(attempt)
             for slot, (run, job) in list(running.items()):
                 if job.done():
@@ -98,8 +103,9 @@ def perform_all(
             time.sleep(0.2)
     finally:
         left = [job for _, job in running.values()]
-        if local:
+        if alive is not None:
             _stop(left)
+            alive.release()
         else:
             for job in left:
                 job.cancel(check=False)
@@ -121,7 +127,7 @@ def _stop(jobs: Sequence[Any]) -> None:
     ask_at = time.monotonic()
     while not all(job.done() for job in jobs):
         if time.monotonic() >= ask_at:
-            ask_at = time.monotonic() + _PATIENCE
+            ask_at = time.monotonic() + PATIENCE
             for job in jobs:
                 if not job.done():
                     os.kill(int(job.job_id), signal.SIGTERM)

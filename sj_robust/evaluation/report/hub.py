@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sj_robust.data.files import one_line
 from sj_robust.evaluation.report.export import Exported, exported
 from sj_robust.evaluation.report.table import table
 from sj_robust.evaluation.report.verdict import alarms, budget, masked, remarks, verdict
@@ -95,9 +96,11 @@ def push_to_hub(
         ModuleNotFoundError: If huggingface_hub is not installed.
         TypeError: If ``network`` is neither a network nor a path.
         FileNotFoundError: If there is no such file.
+        ConnectionError: If the Hub cannot be reached.
     """
     _check_hub()
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     if network is not None and not isinstance(network, nn.Module | str | Path):
         raise TypeError(
@@ -115,7 +118,15 @@ def push_to_hub(
         elif network is not None:
             shutil.copy2(network, folder)
         hub = HfApi(endpoint=endpoint, token=token)
-        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        try:
+            address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        except (HfHubHTTPError, ValueError):  # what the Hub answers, and a wrong name
+            raise
+        except Exception as error:  # its classes change with the client that huggingface_hub has
+            raise ConnectionError(
+                f"{hub.endpoint} cannot be reached ({one_line(error)}); push again with a "
+                "connection, or give another endpoint: Report.save keeps the report until then"
+            ) from error
         hub.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

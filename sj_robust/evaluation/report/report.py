@@ -241,6 +241,7 @@ class Report(
             ModuleNotFoundError: If huggingface_hub is not installed.
             TypeError: If ``network`` is neither a network nor a path.
             FileNotFoundError: If there is no such file.
+            ConnectionError: If the Hub cannot be reached.
         """
         return hub.push_to_hub(
             self,

@@ -25,7 +25,7 @@ from lab.sweeping.pool import executor_for, gpus_of, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from lab.sweeping.skip import Skip
-from launch import forked, unboxed, wait_until
+from launch import fork, forked, unboxed, wait_until
 
 from sj_robust.evaluation import Report
 
@@ -208,6 +208,11 @@ def test_wrong_options_stop_before_anything_starts(planned, tmp_path, capsys, ar
     assert stop.value.code == 2
     assert re.search(message, unboxed(capsys.readouterr().err))
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_run_whose_options_make_too_long_a_name_is_refused(planned):
+    with pytest.raises(ValueError, match="at most 255 bytes"):
+        planned({"dataset": ["n" * 300]})
 
 
 def test_a_run_leaves_one_record(planned):
@@ -445,29 +450,48 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypa
 
 
 SCRIPT = """
-import pickle, sys
+import pickle
 from pathlib import Path
-from lab.sweeping.pool import executor_for, gpus_of, perform_all
+from lab.sweeping.pool import executor_for, perform_all
 
-list(perform_all(pickle.loads(Path("runs.pkl").read_bytes()), executor_for(Path("sweep"))))
+runs = pickle.loads(Path("runs.pkl").read_bytes())
+list(perform_all(runs, executor_for(Path("sweep")), jobs=len(runs)))
 """
 
 
-@pytest.mark.slow
-def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(planned, tmp_path):
-    (run,) = planned({"behave": ["linger"]})
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_runs_of_a_killed_sweep_end_within_seconds(planned, tmp_path, number):
+    runs = planned({"behave": ["wait", "long"]})
     (tmp_path / "sweep.py").write_text(SCRIPT)
-    (tmp_path / "runs.pkl").write_bytes(pickle.dumps([run]))
+    (tmp_path / "runs.pkl").write_bytes(pickle.dumps(runs))
     command = [sys.executable, "-W", "ignore", "sweep.py"]
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | paths_for_children()) as sweep:
-        wait_until((run.folder / "training" / "waiting").exists, "the run's start")
-        sweep.kill()
+        for run in runs:
+            wait_until((run.folder / "training" / "waiting").exists, "the run's start")
+        assert not any(map(has_ended, runs))
+        sweep.send_signal(number)
+        began = time.monotonic()
+        wait_until(lambda: all(map(has_ended, runs)), "the end of its runs")
+        assert time.monotonic() - began < 20
+    for run in runs:
+        assert "the sweep has ended: stopping" in (run.folder / LOG_FILE).read_text()
+        assert stages(run) == ["train resume=False"]
+        perform(run)
+        assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_performs_is_waited_for(planned, tmp_path):
+    (run,) = planned({"behave": ["linger"]})
+
+    child = fork(Attempt(run))
+    wait_until((run.folder / "training" / "waiting").exists, "the run's start")
     found = list(perform_all([run], executor_for(tmp_path / "sweep")))
+    assert os.waitpid(child, 0)[1] == 0
     assert found == [(run, None)]
     output = (run.folder / LOG_FILE).read_text()
     assert "waiting: another process still performs linger-seed0" in output
     assert stages(run) == ["train resume=False", "paper resume=False"]
-    wait_until(lambda: has_ended(run), "the end of the process that had gone on")
 
 
 SBATCH = """
