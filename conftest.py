@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, one for eac
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_collect_file = PAGES.pytest()
-collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]
+collect_ignore_glob = ["docs/*.py", "docs/*/*.py", "tests/packaging/*.py"]
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob.append("sj_robust/ops/dlif/triton_kernel.py")
 if importlib.util.find_spec("spikingjelly.activation_based.model.spikformer") is None:
