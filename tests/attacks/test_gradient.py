@@ -102,7 +102,7 @@ def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
     assert torch.equal(clamped, free.clamp(0, 1))
 
 
-@pytest.mark.parametrize(("norm", "step_size"), [("Linf", 0.05), ("L2", 0.1)])
+@pytest.mark.parametrize(("norm", "step_size"), [("Linf", 0.05), ("L2", 0.1), ("L2", None)])
 def test_pgd_iterates_follow_the_formula(norm, step_size):
     recorder = Recorder(three_classes)
     x = torch.tensor(X)
@@ -119,13 +119,14 @@ def test_pgd_iterates_follow_the_formula(norm, step_size):
         keep_best=False,
     )
     assert len(recorder.seen) == 5
+    length = step_size or 2.5 * 0.12 / 5
     assert torch.equal(recorder.seen[0], x)
     for now, after in zip(recorder.seen, recorder.seen[1:], strict=False):
         grad = cross_entropy_gradient(now.numpy(), Y)
         if norm == "Linf":
-            expected = np.clip(now.numpy() + step_size * np.sign(grad), X - 0.12, X + 0.12)
+            expected = np.clip(now.numpy() + length * np.sign(grad), X - 0.12, X + 0.12)
         else:
-            delta = now.numpy() + step_size * grad / np.linalg.norm(grad, axis=1, keepdims=True) - X
+            delta = now.numpy() + length * grad / np.linalg.norm(grad, axis=1, keepdims=True) - X
             expected = X + delta * np.minimum(
                 1, 0.12 / np.linalg.norm(delta, axis=1, keepdims=True)
             )
