@@ -87,4 +87,4 @@ def _shown(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, dict):
         return f"a dict of {', '.join(map(repr, value))}"
-    return f"a {type(value).__name__}"
+    return type(value).__name__

@@ -426,7 +426,7 @@ FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.
         ({"data": (X, torch.eye(3)[Y])}, r"y must be int64, .* y.argmax\(1\) of one-hot"),
         ({"data": OfPairs([{"image": X[0], "label": 0}] * 20)}, r"data\[0\] .* got a dict of 'i"),
         ({"data": pairs(label=lambda y: torch.eye(3)[y])}, r"data\[3\] .*label.argmax\(\)"),
-        ({"data": pairs(label=str)}, r"class of data\[3\] must be an integer, got a str"),
+        ({"data": pairs(label=str)}, r"class of data\[3\] must be an integer, got str"),
         ({"data": pairs(ToPILImage())}, r"image of data\[3\] must be a tensor .* ToTensor"),
         ({"data": pairs(lambda x: x[:, 1:])}, r"data\[3\] must be float32 \[1, 4, 4\] .* 3, 4\]"),
         ({"data": pairs(lambda x: x.double())}, r"data\[3\] must be float32 .*, got float64"),
