@@ -5,6 +5,7 @@ The library has a plain C interface and is loaded with ctypes: it depends on no 
 version, so the wheel is tagged ``py3-none-PLATFORM``. All other metadata stands in pyproject.toml.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.modified import newer_group
 
 _OPS = Path("sj_robust", "ops")
 _FLAGS = [
@@ -49,7 +51,20 @@ class BuildRecipes(build_py):
 
 
 class BuildKernels(build_ext):
-    """Gives the library one name on every system, since no Python imports it."""
+    """Gives the library one name on every system, since no Python imports it; an editable
+    installation takes the library that an earlier one left, unless something changed since.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile, or take what is there."""
+        left = self.get_ext_filename(ext.name)
+        sources = [*ext.sources, *ext.depends, __file__]
+        if self.editable_mode and not newer_group(sources, left):
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(left, target)
+        else:
+            super().build_extension(ext)
 
     def get_ext_filename(self, ext_name: str) -> str:
         """Path of the library below the build folder."""
