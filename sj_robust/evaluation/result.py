@@ -8,12 +8,14 @@ from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.saved import plain
 from sj_robust.evaluation.intervals import wilson_interval
 
-__all__ = ["OVER_EPS", "Accuracy", "Evaluation", "Kind", "Point", "Row"]
+__all__ = ["DIGITS", "OVER_EPS", "Accuracy", "Evaluation", "Kind", "Point", "Row"]
 
 Kind = Literal["clean", "attack", "control", "proof"]
 
 OVER_EPS = "over eps"
 """The variant of rows that are about the first images alone, at several radii."""
+DIGITS = 8
+"""Digits of the fingerprint of an adversarial image."""
 _SUMMARIES = ("clean", "control", "worst case", "everything", "verified")
 _OF_ROWS = ("estimators", "firing", "findings", "potential")
 _OF_NAMES = ("network", "curves", "configuration", "environment")
@@ -31,6 +33,10 @@ class Row:
         fell: Indices of those that are misclassified afterwards, or (proof) not proved.
         outside: Indices of those in ``fell`` whose image exceeds the threat of the evaluation, if
             distances were measured.
+        digests: Of every image in ``fell`` that an attack made, 8 hexadecimal digits of its
+            fingerprint, one after another; ``""`` where they were not kept. An attack that is
+            run again with the seed of the evaluation makes the same images, where torch rounds
+            alike.
         variant: Variant of the network or the images.
         threat: Threat model of the member; None if there is none, as for Gaussian noise.
         group: Members of one group attack only images that the earlier ones did not break; those
@@ -51,6 +57,7 @@ class Row:
     seen: tuple[int, ...]
     fell: tuple[int, ...]
     outside: tuple[int, ...] = ()
+    digests: str = ""
     variant: str = ""
     threat: ThreatModel | None = None
     group: str = ""
@@ -589,6 +596,11 @@ class Evaluation:
             )
         if not frozenset(row.outside) <= frozenset(row.fell) <= frozenset(row.seen):
             raise ValueError(f"{row.member!r} must fool images that it attacked")
+        if row.digests and len(row.digests) != DIGITS * len(row.fell):
+            raise ValueError(
+                f"digests of {row.member!r} must be {DIGITS} digits for each of {len(row.fell)} "
+                f"images that fell, got {len(row.digests)}; the file is damaged"
+            )
         if row.kind == "clean":
             return
         right = self._clean(row.variant).stood

@@ -14,6 +14,7 @@ from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.loop import Asked
+from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once
 from sj_robust.models import NetworkSpec, build_classifier
 
@@ -46,6 +47,9 @@ def test_members_and_groups_by_hand(margins):
         "alone": ((0, 1, 2, 3), (0, 1), ()),
         "control": ((0, 1, 2, 3), (0,), ()),
     }
+    alone = craft(model, x, y, members[3], seeds=SampleSeeds(range(5)).derived("image", 0))
+    assert outcome.rows[4].digests == "".join(fingerprint(image)[:8] for image in alone[:2])
+    assert outcome.rows[0].digests == ""
     largest = [round(row.largest, 6) for row in outcome.rows[1:]]
     assert largest == [0.1, 0.2, 0.3, 0.2, 0.1]
     assert [row.kind for row in outcome.rows] == ["clean", *["attack"] * 4, "control"]

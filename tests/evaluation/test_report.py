@@ -79,6 +79,7 @@ def test_accuracy_over_eps_is_of_its_own_rows_or_of_members_with_other_radii():
         ((clean(), member("a", (9,), seen=(9,))), "'a' must fool images that .*, of those classif"),
         ((clean(), member("a", (3,), seen=(2,))), "'a' must fool images that it attacked"),
         ((clean(), member("a", (), seen=(10,))), "from 0 to 9, got 10"),
+        ((clean(), member("a", (1, 2), digests="0" * 15)), "digests of 'a' .* got 15"),
         ((clean(), member("a", outside=(1,))), "'a' must fool images that it attacked"),
     ],
 )

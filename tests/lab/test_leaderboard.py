@@ -121,6 +121,20 @@ def test_all_reports_about_a_network_make_one_row(folder):
     assert (entry.clean, entry.proved, entry.at_most) == (80.0, 10.0, 10.0)
 
 
+def test_networks_under_weaker_suites_are_listed_apart(folder):
+    full = replace(report(name="full", members=(member("pgd", range(7)),)), suite="standard")
+    replace(full, network={"fingerprint": "full"}).save("runs/a/full.json")
+    ((_, ranked), (above, weaker)) = groups_of(read_reports(["runs/a", "runs/b"], {}))[0].tables
+    assert [entry.name for entry in ranked] == ["full"]
+    assert [entry.name for entry in weaker] == ["dlif_at", "<lif|none>"]  # which keep more
+    make_leaderboard(["runs/a", "runs/b"], folder / "board", USUAL)
+    for name, mark in (("leaderboard.md", above), ("leaderboard.html", '<table class="weaker">')):
+        first, second = (folder / "board" / name).read_text().split(mark)
+        assert "full" in first
+        assert "dlif_at" not in first
+        assert "dlif_at" in second
+
+
 def test_reports_that_contradict_each_other_prove_nothing(folder, capsys):
     # "a" proves image 7
     replace(report(members=(member("pgd", (7,)),)), suite="standard").save("runs/a/breaks.json")

@@ -24,6 +24,10 @@ DETAILS = (
     "fingerprint",
     "command",
 )
+WEAKER = "Not ranked (weaker suites):"
+"""Above the networks of a group that are listed apart."""
+_RANKING = ("standard", "events")
+"""Suites whose figures can be ranked."""
 _CELLS = 20
 """Characters of a bar in Markdown."""
 
@@ -130,6 +134,11 @@ class Entry:
             reports=tuple(ordered),
         )
 
+    @property
+    def is_ranked(self) -> bool:
+        """Whether one of its reports is under a full suite; a weaker one may leave more."""
+        return any(suite in _RANKING for suite in self.suites)
+
     def cells(self) -> list[str]:
         """Its row, without the bar and the interval."""
         proved = "" if self.proved is None else f"{self.proved:.1f}"
@@ -150,3 +159,12 @@ class Group:
 
     title: str
     entries: tuple[Entry, ...]
+
+    @property
+    def tables(self) -> list[tuple[str, list[Entry]]]:
+        """Its networks that are ranked and those that are not, each with what stands above it,
+        without empty ones.
+        """
+        ranked = [entry for entry in self.entries if entry.is_ranked]
+        weaker = [entry for entry in self.entries if not entry.is_ranked]
+        return [(above, few) for above, few in (("", ranked), (WEAKER, weaker)) if few]

@@ -23,7 +23,7 @@ th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid; }}
 svg {{ display: inline-block; width: calc(100% - 1.5rem); height: .7rem; vertical-align: middle; }}
 .broken {{ fill: #8884; }} .open {{ fill: #d9822b; }} .proved {{ fill: #2b7a4b; }}
-.clean {{ stroke: currentColor; }}
+.clean {{ stroke: currentColor; }} .weaker {{ color: #888; }} .weaker svg {{ opacity: .4; }}
 dl {{ display: grid; grid-template-columns: auto 1fr; gap: 0 .6rem; margin: .3rem 0; }}
 dt {{ font-weight: 600; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
 </style></head><body><h1>Leaderboard</h1><p>{note} A line in a bar is the clean accuracy. Click a
@@ -52,11 +52,15 @@ def page(groups: Sequence[Group], note: str) -> str:
 
 def _group(group: Group) -> str:
     cells = [f'<th><button type="button">{escape(head)}</button></th>' for head in HEADS]
-    bodies = "\n".join(_entry(entry) for entry in group.entries)
-    return (
-        f"<h2>{escape(group.title)}</h2>\n"
-        f"<table><thead><tr>{''.join(cells)}</tr></thead>\n{bodies}\n</table>"
-    )
+    head = f"<thead><tr>{''.join(cells)}</tr></thead>"
+    parts = [f"<h2>{escape(group.title)}</h2>"]
+    for above, entries in group.tables:
+        if above:
+            parts.append(f'<p class="weaker">{escape(above)}</p>')
+        style = ' class="weaker"' if above else ""
+        bodies = "\n".join(map(_entry, entries))
+        parts.append(f"<table{style}>{head}\n{bodies}\n</table>")
+    return "\n".join(parts)
 
 
 def _entry(entry: Entry) -> str:

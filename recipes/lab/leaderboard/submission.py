@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 
@@ -16,7 +17,7 @@ from lab.leaderboard.check import Check, refusing
 from lab.leaderboard.entries import Stored, disputes
 from lab.leaderboard.tables import FORMATS, check_fields, read_reports
 from sj_robust.core.datasets import DATASETS, EVENT_DATASETS
-from sj_robust.core.saved import saved_format
+from sj_robust.core.saved import saved_format, write_whole
 from sj_robust.data import load_images
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row
@@ -33,7 +34,10 @@ _FEW = 50
 
 
 def check_report(
-    path: Path, network: Subject | None = None, data_root: str = "data"
+    path: Path,
+    network: Subject | None = None,
+    data_root: str = "data",
+    secret: bytes | None = None,
 ) -> list[Check]:
     """Everything that can be said of a report without making all of it again.
 
@@ -42,6 +46,8 @@ def check_report(
         network: The network that it is of. None: the shipped network or checkpoint of this machine
             that its configuration names; code that it names is never run.
         data_root: Folder of the data sets.
+        secret: What the choice of images that are attacked again follows from, beside the report;
+            None: that of this machine, made once and kept.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -77,9 +83,19 @@ def check_report(
         checks += list(compared(report, network, data))
         if refusing(checks):
             return [*checks, Check(None, "attack again: not done, the report is refused anyway")]
-        return [*checks, *evaluated_again(report, network, data)]
+        secret = _own_secret() if secret is None else secret
+        return [*checks, *evaluated_again(report, network, data, secret)]
     except Exception as error:  # foreign code raises anything
         return [*checks, Check(False, f"network: it {said} ({reason(error)})")]
+
+
+def _own_secret() -> bytes:
+    """A random number of this machine, made once."""
+    path = Path(torch.hub.get_dir(), "sj_robust", "leaderboard.secret")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, token_hex(16))
+    return path.read_bytes()
 
 
 def take(path: Path, checks: list[Check], board: Path) -> Path:

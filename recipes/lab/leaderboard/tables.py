@@ -275,17 +275,19 @@ def _markdown(groups: Sequence[Group]) -> str:
     parts = ["# Leaderboard", _NOTE]
     parts.append(f"[Every report with its command]({REPORTS})")
     for group in groups:
-        rows = []
-        for entry in group.entries:
-            name, clean, proved, at_most, checked = entry.cells()
-            name = escape(name, quote=False)
-            name = name.replace("\\", "\\\\").replace("[", "\\[")  # so that it is no link
-            name += f"<br>`{entry.bar()}`"
-            at_most += f"<br>{entry.interval}"
-            rows.append([name, clean, proved, at_most, checked])
         title = escape(" ".join(group.title.splitlines()), quote=False)
-        parts += [f"## {title}", markdown_table(HEADS, rows)]
+        parts.append(f"## {title}")
+        for above, entries in group.tables:
+            parts += [above] * bool(above)
+            parts.append(markdown_table(HEADS, list(map(_row, entries))))
     return "\n\n".join(parts) + "\n"
+
+
+def _row(entry: Entry) -> list[str]:
+    name, clean, proved, at_most, checked = entry.cells()
+    name = escape(name, quote=False)
+    name = name.replace("\\", "\\\\").replace("[", "\\[")  # so that it is no link
+    return [f"{name}<br>`{entry.bar()}`", clean, proved, f"{at_most}<br>{entry.interval}", checked]
 
 
 def _csv(stored: Sequence[Stored]) -> str:

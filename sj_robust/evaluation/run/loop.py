@@ -20,7 +20,7 @@ from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.core.environment import device_of, version_of
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
-from sj_robust.evaluation.result import Kind, Row
+from sj_robust.evaluation.result import DIGITS, Kind, Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import description, fingerprint
 from sj_robust.evaluation.run.identity import seeded_sources
@@ -176,6 +176,7 @@ class Job:
             seen=rows.tolist(),
             fell=rows[hit].tolist(),
             outside=rows[outside].tolist(),
+            digests="".join(fingerprint(image)[:DIGITS] for image in made.x_adv[hit].cpu()),
             largest=0.0 if distance is None else max(distance.tolist(), default=0.0),
             seconds=seconds,
             warnings=sorted({str(warning.message) for warning in caught}),
@@ -371,6 +372,7 @@ def rows_of(
             seen=numbers(index, "seen"),
             fell=numbers(index, "fell"),
             outside=numbers(index, "outside"),
+            digests="".join(batch.digests for batch in batches),
             variant=variant.name,
             threat=None if member is None else member.threat,
             group="" if member is None else member.group,

@@ -92,6 +92,7 @@ class Step:
         seen: Images that it looked at.
         fell: Those that are wrong afterwards.
         outside: Those of them that are further from the clean one than the threat allows.
+        digests: Of those in ``fell`` that it made, the first digits of their fingerprints.
         largest: Largest distance.
         seconds: Time.
         warnings: What attack and network warned of.
@@ -102,6 +103,7 @@ class Step:
     seen: list[int]
     fell: list[int]
     outside: list[int] = field(default_factory=list)
+    digests: str = ""
     largest: float = 0.0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
