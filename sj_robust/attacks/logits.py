@@ -79,7 +79,8 @@ def differing(first: Tensor, other: Tensor) -> Tensor:
     """The images for which they do, [N] bool."""
     change = torch.linalg.vector_norm(first - other, dim=1)
     length = torch.linalg.vector_norm(first, dim=1)
-    return change > 1e-4 * length
+    found: Tensor = change > 1e-4 * length
+    return found
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.square import square
@@ -364,7 +364,8 @@ class _Parts:
         if self.plain is None:
             return False
         with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(self.plain):
-            return self.plain(self.x[:1].clone().requires_grad_()).requires_grad
+            logits: Tensor = self.plain(self.x[:1].clone().requires_grad_())
+            return logits.requires_grad
 
     def _run(
         self,

@@ -17,23 +17,27 @@ torch.set_num_threads(1)
 EPS = 0.12
 Given = tuple[nn.Module, Tensor, Tensor]
 
-# The error that refuses a network, or one of the checks that fail.
-VERDICTS = {
-    "remembers": "other_answers",
-    "gives another gradient": "gradient_of_another",
-    "averages copies": ValueError,
-    "remembers in its copies": "other_answers",
-    "remembers outside": ValueError,
-    "turns gradients": "gradient_of_another",
-    "detaches most pixels": "gradient_of_another",
-    "counts": "other_answers",
-    "looks at the place": ValueError,
-    "answers attacks otherwise": "other_answers",
-    "looks at its caller": "other_answers",
-    "rounds": "zero_gradients",
-    "shakes by the clock": ValueError,
-    "shakes by the image": "gradient_of_another",
-    "saturates": "saturated_loss",
+# What an error names that refuses a network.
+REFUSED = {
+    "averages copies": "batch",
+    "looks at the place": "batch",
+    "remembers outside": "attribute",
+    "shakes by the clock": "state",
+}
+# One of the checks that fail, None where the attacks break a network all the same; and how many
+# images more than of the honest one may be left.
+FOUND = {
+    "remembers": ("other_answers", 2),
+    "gives another gradient": ("gradient_of_another", 2),
+    "remembers in its copies": ("other_answers", 2),
+    "turns gradients": ("gradient_of_another", 2),
+    "detaches most pixels": ("gradient_of_another", 2),
+    "counts": ("other_answers", 2),
+    "answers attacks otherwise": ("other_answers", 2),
+    "looks at its caller": ("other_answers", 2),
+    "rounds": ("zero_gradients", 2),
+    "shakes by the image": (None, 0),
+    "saturates": ("saturated_loss", 5),  # of APGD-DLR the short suite has ten steps alone
 }
 
 
@@ -78,15 +82,18 @@ def test_an_honest_network_has_no_alarm_and_is_not_asked_more(honest):
     assert honest.worst_case.correct <= 10
 
 
-@pytest.mark.parametrize("name", FOOLING)
-def test_a_network_that_was_built_to_fool(name, given, honest):
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_network_that_is_no_function_of_an_image_is_refused(name, given):
     model, x, y = given
-    expected = VERDICTS[name]
-    fooling = FOOLING[name](model)
-    if not isinstance(expected, str):
-        with pytest.raises(expected):
-            evaluated(fooling, x, y)
-        return
-    report = evaluated(fooling, x, y)
-    assert expected in {row["name"] for row in report.findings if not row["passed"]}
-    assert report.worst_case.correct <= honest.worst_case.correct + 1
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        evaluated(FOOLING[name](model), x, y)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_network_that_was_built_to_fool_gets_no_better_verdict(name, given, honest):
+    model, x, y = given
+    sign, more = FOUND[name]
+    report = evaluated(FOOLING[name](model), x, y)
+    failed = {row["name"] for row in report.findings if not row["passed"]}
+    assert sign is None or sign in failed
+    assert report.worst_case.correct <= honest.worst_case.correct + more

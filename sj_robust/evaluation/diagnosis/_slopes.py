@@ -110,7 +110,9 @@ class _Held:
             ways = [(self.uniform(leaf.tensor) - 0.5).sign() for leaf in leaves]
             weights = [self.uniform(target.tensor) - 0.5 for target in base]
             slopes = _slopes(base, weights, leaves)
-            products = [leaf.times(g, way) for leaf, g, way in zip(leaves, slopes, ways, strict=True)]
+            products = [
+                leaf.times(g, way) for leaf, g, way in zip(leaves, slopes, ways, strict=True)
+            ]
             predicted.append(_total(products, by_image))
             for step in _STEPS:
                 self._moved = {name: [step * way for way in ways]}
@@ -169,7 +171,11 @@ def _slopes(base: list[_Values], weights: list[Tensor], leaves: list[_Values]) -
         return list(map(torch.zeros_like, moved))
     return list(
         torch.autograd.grad(
-            sum(connected), moved, retain_graph=True, allow_unused=True, materialize_grads=True
+            torch.stack(connected).sum(),
+            moved,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
     )
 

@@ -23,8 +23,8 @@ _REMEDIES = {
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does; and if it draws from a generator of its own, keep this as "
     "an attribute of a module, where it can be seeded",
-    "rows": "the logits of an image depend on the other images of its batch, or on its place. Let the network "
-    "answer for each image alone, without statistics of a batch: batch norm needs "
+    "rows": "the logits of an image depend on the other images of its batch, or on its place. Let "
+    "the network answer for each image alone, without statistics of a batch: batch norm needs "
     "track_running_stats=True and evaluation mode",
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
     "draw does not count, so omit draws, or set the number of draws that judge an image, such as "

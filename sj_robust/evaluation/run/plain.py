@@ -21,9 +21,10 @@ class Plain(nn.Module):
     """A network whose every forward runs on a new copy, without gradients. 每次前向都用新副本。
 
     No forward sees what an earlier one left in the network, who asks, nor whether a gradient is
-    wanted. Where one is wanted, it is that of the operations that this forward runs, recorded here: what the
-    network says of its own gradient (``detach``, a custom ``autograd.Function``, a hook, a switch
-    on ``torch.is_grad_enabled()``) plays no part. Spiking neurons alone keep their surrogate.
+    wanted. Where one is wanted, it is that of the operations that this forward runs, recorded here:
+    what the network says of its own gradient (``detach``, a custom ``autograd.Function``, a hook, a
+    switch on ``torch.is_grad_enabled()``) plays no part. Spiking neurons alone keep their
+    surrogate, and rounding and clamps have the gradient of the identity.
 
     What lies outside of the network, such as a global variable or a file, is not copied.
 
@@ -179,7 +180,12 @@ class _Recorded(Tensor):
             return func(*given[0], **given[1])
 
 
-_CUTS = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_, Tensor.data.__get__)
+def _getter(name: str) -> Any:
+    """What torch is asked for an attribute."""
+    return getattr(Tensor, name).__get__
+
+
+_CUTS = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _getter("data"))
 """Functions that only change the graph, or look behind it."""
 _STEPS = (
     *(torch.round, torch.floor, torch.ceil, torch.trunc, torch.clamp, torch.clip),
@@ -187,10 +193,7 @@ _STEPS = (
 )
 """Functions that take the gradient of the identity, where their own is zero."""
 _TELLS = (
-    Tensor.requires_grad.__get__,
-    Tensor.grad_fn.__get__,
-    Tensor.is_leaf.__get__,
-    Tensor.grad.__get__,
+    *map(_getter, ("requires_grad", "grad_fn", "is_leaf", "grad")),
     Tensor.numpy,
     Tensor.__array__,
     Tensor.tolist,
