@@ -10,6 +10,7 @@ from sj_robust.core.checks import logits_of
 __all__ = [
     "clean_logits",
     "differ",
+    "differing",
     "leads",
     "likeliest_wrong",
     "margin",
@@ -71,9 +72,15 @@ def differ(first: Tensor, other: Tensor) -> bool:
         >>> differ(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.00001]]))
         False
     """
+    return bool(differing(first, other).any())
+
+
+def differing(first: Tensor, other: Tensor) -> Tensor:
+    """The images for which they do, [N] bool."""
     change = torch.linalg.vector_norm(first - other, dim=1)
     length = torch.linalg.vector_norm(first, dim=1)
-    return bool((change > 1e-4 * length).any())
+    found: Tensor = change > 1e-4 * length
+    return found
 
 
 @torch.no_grad()

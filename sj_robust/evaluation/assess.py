@@ -9,16 +9,20 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
+from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import plain_eps
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
 from sj_robust.evaluation.report.report import Report
+from sj_robust.evaluation.report.verdict import masked
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data, check_data
@@ -114,7 +118,8 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     reasons = refused(model, UNSEARCHED.get(request.suite, ()))
     suite = partial(_suite, request, draws, reasons, data.batch_size)
     plan = suite()
-    parts = _Parts(model, data, request, draws, network_key(model, data, request.folder))
+    key = network_key(model, data, request.folder)
+    parts = _Parts(subject, data, request, draws, key)
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))
@@ -144,7 +149,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     unseen = {text for row in outcome.potential for text in row["warnings"]}
     potential = [*outcome.potential, *proved.get("potential", ())]
     shown = ("member", "samples", "layers")
-    return Report(
+    report = Report(
         **described(subject, data, request, parts.network),
         rows=tuple(rows),
         description=plan.description,
@@ -162,21 +167,23 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
             *([_NOT_DIAGNOSED] if request.threat.of_events else []),
         ),
     )
+    return parts.with_plain_attacks(report, plan.plain, verified) if masked(report) else report
 
 
 class _Parts:
     """Parts of an evaluation that take long; what one has found is kept in a file."""
 
     def __init__(
-        self, model: nn.Module, data: Data, request: Request, draws: int, network: str
+        self, subject: Subject, data: Data, request: Request, draws: int, network: str
     ) -> None:
-        self.model = model
+        self.model = subject.model
+        self.plain = None if subject.plain is None else subject.plain.to(device_of(self.model))
         self.data = data
         self.request = request
         self.draws = draws
         self.network = network
         self.few = data.first(_FIRST)
-        self.x, self.y = self.few.tensors(device_of(model))
+        self.x, self.y = self.few.tensors(device_of(self.model))
         self.threat = request.threat
         self.say = request.watch.say
 
@@ -311,6 +318,7 @@ class _Parts:
                 seed=self.request.seed,
                 estimators=None if searched else (),
                 source=source,
+                plain=self.plain,
                 eot_samples=gradient_draws(self.draws, self.threat),
             )
             return [asdict(finding) for finding in (*found, *searched)]
@@ -320,13 +328,60 @@ class _Parts:
             of_source["source"] = identify(source, self.data).fingerprint
         return self._computed_once("findings.json", self.key | of_source, compute)
 
-    def _run(self, name: str, data: Data, variant: Variant, asked: Asked) -> Outcome:
+    def with_plain_attacks(
+        self, report: Report, members: Sequence[Member], verified: Sequence[int]
+    ) -> Report:
+        """The report with attacks on a plain copy of the network, those that it allows, on the
+        images that the suite has left.
+        """
+        gradient = self._has_plain_gradient
+        allowed = []
+        for member in members:
+            if _is_square(member) and self.x.ndim == 4:
+                allowed.append(member)
+            if gradient and not _is_square(member):
+                allowed.append(member)
+        if not allowed:
+            return report
+        self.say("signs of gradient masking: attacks on a plain copy of the network")
+        left = report.standing("worst case").difference(verified)
+        others = frozenset(range(len(report.labels))) - left
+        variant = Variant(allowed, "plain", self.request.seed, wrong=others)
+        asked = Asked(self.threat, self.draws)
+        model = self.model if self.plain is None else self.plain
+        outcome = self._run("plain", self.data, variant, asked, model)
+        rows = [replace(row, variant=report.main) for row in outcome.rows[1:]]
+        return replace(
+            report,
+            rows=(*report.rows, *rows),
+            description=f"{report.description}; as gradients may be masked, also attacks on a "
+            "plain copy of the network",
+            warnings=(*report.warnings, *outcome.warnings),
+        )
+
+    @property
+    def _has_plain_gradient(self) -> bool:
+        if self.plain is None:
+            return False
+        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(self.plain):
+            logits: Tensor = self.plain(self.x[:1].clone().requires_grad_())
+            return logits.requires_grad
+
+    def _run(
+        self,
+        name: str,
+        data: Data,
+        variant: Variant,
+        asked: Asked,
+        model: nn.Module | None = None,
+    ) -> Outcome:
         return run(
-            self.model,
+            self.model if model is None else model,
             data,
             [variant],
             asked=asked,
             network=self.network,
+            plain=self.plain,
             folder=self.request.folder and self.request.folder / name,
             watch=self.request.watch,
         )
@@ -341,6 +396,10 @@ class _Parts:
             folder = self.request.folder
             found[0] = computed_once(folder and folder / name, key, compute)
         return gathered(found)[0]
+
+
+def _is_square(member: Member) -> bool:
+    return isinstance(member.attack, partial) and member.attack.func is square
 
 
 def _suite(

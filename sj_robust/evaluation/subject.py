@@ -13,6 +13,7 @@ from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import did_you_mean
 from sj_robust.core.convention import checked_logits, kept_state
 from sj_robust.evaluation.run.fingerprint import code_of
+from sj_robust.evaluation.run.plain import Plain, plain_copy
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
@@ -36,6 +37,7 @@ class Subject:
         options: Options it was trained with; empty if they are not known.
         spec: Specification of the network; None for your own network.
         remarks: What a reader of its figures should know, for the warnings of the report.
+        plain: A copy of the network, made before anything asks it; None if it cannot be copied.
 
     Examples:
         >>> Subject("mine", SpikingClassifier(nn.Flatten(), T=1), "nothing but a reshape").options
@@ -48,6 +50,13 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     spec: NetworkSpec | None = None
     remarks: tuple[str, ...] = ()
+    plain: Plain | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        plain, remark = plain_copy(self.model)
+        object.__setattr__(self, "plain", plain)
+        if remark and remark not in self.remarks:
+            object.__setattr__(self, "remarks", (*self.remarks, remark))
 
 
 def from_checkpoint(path: str | Path, T: int | None = None, *, trust_code: bool = False) -> Subject:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.threat import ThreatModel
@@ -11,6 +11,7 @@ from sj_robust.core.randomness import SampleSeeds, check_seeds
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.run.loop import Asked, Job, rows_of, run_batch
 from sj_robust.evaluation.run.member import Member
+from sj_robust.evaluation.run.plain import plain_copy
 from sj_robust.evaluation.run.progress import BatchLog
 from sj_robust.evaluation.run.variant import Variant
 
@@ -31,8 +32,8 @@ def worst_case(
     fools the network. 逐样本取多种攻击与梯度估计的最坏情况。
 
     Equation: ``robust accuracy = mean_n [correct on x_n and on a_m(x_n) for every member m]``. A
-    member attacks the images that are classified correctly and not yet broken in its group. Every
-    success is checked by another forward.
+    member attacks the images that are classified correctly and not yet broken in its group. What it
+    makes is judged by a copy of the network that no attack has asked.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has
@@ -74,6 +75,7 @@ def worst_case(
     check_seeds(seeds, x)
     variant = Variant(members)
     variant.check_names()
+    plain, remark = plain_copy(model) if isinstance(model, nn.Module) else (None, "")
     job = Job(
         variant=variant,
         model=model,
@@ -82,6 +84,7 @@ def worst_case(
         start=0,
         seeds=seeds,
         asked=Asked(threat, draws),
+        plain=plain,
     )
     steps = list(run_batch(job, BatchLog()))
     return Report(
@@ -92,4 +95,5 @@ def worst_case(
         rows=rows_of(variant, [steps], [0]),
         threat=threat,
         draws=draws,
+        warnings=tuple(filter(None, [remark])),
     )

@@ -43,7 +43,8 @@ def short_suite(suite):
     few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2, final_steps=6)
     members = tuple(map(_short, suite.members))
     control = tuple(map(_short, suite.control))
-    return replace(suite, members=members, control=control, search=few)
+    plain = tuple(map(_short, suite.plain))
+    return replace(suite, members=members, control=control, search=few, plain=plain)
 
 
 def _short(member):

@@ -6,16 +6,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks import pgd
+from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Model
-from sj_robust.attacks.logits import margin
+from sj_robust.attacks.logits import differing, margin
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits, taken_for_checked
 from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.estimators import estimator
+from sj_robust.evaluation.diagnosis._slopes import agreement
+from sj_robust.evaluation.run.identity import seeded_sources
 
 __all__ = ["Gradients", "Probe"]
 
@@ -59,6 +61,7 @@ class Probe:
         seed: int,
         steps: int,
         eot_samples: int,
+        plain: Model | None = None,
     ) -> None:
         self.model = model
         self.x = x
@@ -67,6 +70,7 @@ class Probe:
         self.seed = seed
         self.steps = steps
         self.eot_samples = eot_samples
+        self.plain = plain
 
     @cached_property
     def repeated(self) -> Tensor:
@@ -119,6 +123,51 @@ class Probe:
     def white_box(self) -> Tensor:
         """Images that the attack with the model's own gradient fools, [N] bool."""
         return self.fooled(self.attack())
+
+    def changed(self) -> dict[str, Tensor]:
+        """Images whose logits, with noise or attacked, change where they should not, [N] bool."""
+        none = torch.zeros_like(self.right)
+        places = ("under an attack", "in an unused copy", "in another order", "alone")
+        found = {place: none.clone() for place in places}
+        is_random = bool(self.random.any())  # numbers then belong to places in a batch
+        for x in (self.noise(0), self.attack()):
+            with torch.no_grad():
+                usual = self._repeatable(self.model, x)
+                if self.plain is not None:
+                    unused = self._repeatable(self.plain, x)
+                    found["in an unused copy"] |= differing(usual, unused)
+            found["under an attack"] |= differing(usual, self._told(x))
+            if is_random:
+                continue
+            with torch.no_grad():
+                turned = self._repeatable(self.model, x.flip(0)).flip(0)
+                alone = [self._repeatable(self.model, image) for image in torch.split(x, 1)]
+            found["in another order"] |= differing(usual, turned)
+            found["alone"] |= differing(usual, torch.cat(alone))
+        return found
+
+    def _told(self, x: Tensor) -> Tensor:
+        """The logits that an attack begins with, which asks with gradients."""
+        told: list[Tensor] = []
+
+        def asked(images: Tensor) -> Tensor:
+            told.append(self._repeatable(self.model, images))
+            return told[-1]
+
+        if self.gradients.connected:
+            with taken_for_checked():
+                fgsm(asked, x, self.y, eps=self.threat.eps)
+        return told[0].detach() if told else self.logits(x)
+
+    @cached_property
+    def agreement(self) -> dict[str, float]:
+        """How well gradients predict finite differences, by what is moved; not the images, where
+        a network turns them into random spikes.
+        """
+        forward = partial(self._repeatable, self.model)
+        is_random = bool(self.random.any())
+        seed = self._seed("slopes")
+        return agreement(self.model, forward, self.x, seed=seed, with_images=not is_random)
 
     def losses(self, x: Tensor) -> Tensor:
         """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are
@@ -256,6 +305,11 @@ class Probe:
                 stop_early=own and not bool(self.random.any()),  # one draw may be lucky
                 generator=self._generator(),
             )
+
+    def _repeatable(self, model: Model, x: Tensor) -> Tensor:
+        """Logits with the same random numbers in every call, in the mode for gradients as it is."""
+        with seeded_sources(model, self._seed("repeatable"), x.device):
+            return check_logits(model(x), self.y[: len(x)])
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed("attack"))

@@ -20,6 +20,7 @@ from sj_robust.evaluation.run.estimator_search import EstimatorTrial
 __all__ = [
     "THRESHOLDS",
     "Finding",
+    "answers",
     "attacks",
     "clean_errors",
     "estimators_attacking",
@@ -27,6 +28,7 @@ __all__ = [
     "gradients",
     "layers",
     "randomness",
+    "slopes",
     "transfer",
 ]
 
@@ -34,6 +36,7 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {
         "clean_errors": 0.9,
         "random_outputs": 0.0,
+        "other_answers": 0.05,
         "silent_layers": 0.95,
         "saturated_layers": 0.5,
         "zero_gradients": 0.5,
@@ -41,6 +44,7 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
         "flat_loss": 0.1,
         "saturated_loss": 0.1,
         "loss_does_not_rise": 0.1,
+        "gradient_of_another": 0.1,
         "noise_beats_attack": 0.05,
         "single_step_beats_iterative": 0.05,
         "more_steps_fool_fewer": 0.05,
@@ -141,6 +145,38 @@ def randomness(probe: Probe) -> Finding:
         passed=True,
         meaning=f"The logits of {value:.0%} of the images differ between forward passes. The "
         f"attacks of these checks average over {probe.eot_samples} of them.",
+    )
+
+
+def answers(probe: Probe) -> Finding:
+    """Images whose logits depend on what was asked before, on gradients, or on their batch."""
+    changed = probe.changed()
+    said = [f"{place} {_percent(images)}" for place, images in changed.items()]
+    return _share(
+        "other_answers",
+        torch.stack(list(changed.values())).any(0),
+        "Share of the images whose logits, after noise or an attack, differ from those that the "
+        f"network gives in a batch without gradients: {', '.join(said)}. Attacks have searched "
+        "another network than the one that is judged.",
+        "Let the network be one function of every image: no memory of earlier images outside of "
+        "states that a reset clears, no switch on gradients, on the batch or on a place in it.",
+    )
+
+
+def slopes(probe: Probe) -> Finding:
+    """Pieces of the network, between spiking layers, whose gradient is not that of what they
+    compute.
+    """
+    place, cosine = min(probe.agreement.items(), key=lambda one: one[1], default=("", 1.0))
+    return _finding(
+        "gradient_of_another",
+        min(1.0, max(0.0, 1.0 - cosine)),
+        f"Behind {place} the gradient predicts what a small step changes with a cosine of "
+        f"{cosine:.2f}, the lowest of all pieces between spiking layers. Surrogates have no part "
+        "in these pieces, so that finite differences tell the true gradient.",
+        "Look there for a custom backward pass, a hook on gradients, detach or a switch on "
+        "whether gradients are enabled; attack without gradients (Square), and by transfer from "
+        "a copy with plain gradients, as evaluate then does.",
     )
 
 

@@ -14,6 +14,7 @@ from sj_robust.evaluation.diagnosis._probe import Probe
 from sj_robust.evaluation.diagnosis._symptoms import THRESHOLDS, Finding, estimators_searched
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.run.member import check_estimator
+from sj_robust.evaluation.run.plain import plain_copy
 
 __all__ = ["ESTIMATORS_COMPARED", "THRESHOLDS", "Finding", "diagnose", "estimators_searched"]
 
@@ -32,6 +33,7 @@ def diagnose(
     seed: int,
     estimators: Sequence[str] | None = (),
     source: nn.Module | None = None,
+    plain: Model | None = None,
     steps: int = 20,
     eot_samples: int = 1,
 ) -> tuple[Finding, ...]:
@@ -58,6 +60,7 @@ def diagnose(
         source: Network for the transfer attack, ideally trained without a defence. Without one, a
             small network is fitted to the model's outputs on noisy copies of ``x``, which gives a
             weak attack.
+        plain: A copy of the network that nothing has asked yet; None makes one.
         steps: Steps of the attacks.
         eot_samples: Forwards averaged per step, for a stochastic network.
 
@@ -110,11 +113,14 @@ def diagnose(
     )
     for name in names:
         check_estimator(name)
+    if plain is None and isinstance(model, nn.Module):
+        plain, _ = plain_copy(model)
     activity = firing(model, x, seed=seed) if isinstance(model, nn.Module) else ()
     with (
         torch.inference_mode(False),
         from_reset(model, seed, x.device),
         from_reset(source, seed, x.device),
+        from_reset(plain, seed, x.device),
     ):
         probe = Probe(
             model,
@@ -124,11 +130,16 @@ def diagnose(
             seed=seed,
             steps=steps,
             eot_samples=eot_samples,
+            plain=plain,
         )
-        findings = [_symptoms.clean_errors(probe), _symptoms.randomness(probe)]
+        findings = [
+            _symptoms.clean_errors(probe),
+            _symptoms.randomness(probe),
+            _symptoms.answers(probe),
+        ]
         if activity:
             findings += _symptoms.layers(activity)
-        findings += _symptoms.gradients(probe)
+        findings += [*_symptoms.gradients(probe), _symptoms.slopes(probe)]
         if bool(probe.right.any()):
             findings += _symptoms.attacks(probe)
             findings.append(_symptoms.transfer(probe, source))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.logits import differ
+from sj_robust.attacks.logits import differ, differing
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.broadcast import along, beside
 from sj_robust.core.environment import device_of
@@ -23,8 +23,8 @@ _REMEDIES = {
     "differ though all random numbers were the same. Reset it before every forward, as "
     "SpikingClassifier(net, T=...) does; and if it draws from a generator of its own, keep this as "
     "an attribute of a module, where it can be seeded",
-    "rows": "the logits of an image depend on the other images of its batch. Let the network "
-    "answer for each image alone, without statistics of a batch: batch norm needs "
+    "rows": "the logits of an image depend on the other images of its batch, or on its place. Let "
+    "the network answer for each image alone, without statistics of a batch: batch norm needs "
     "track_running_stats=True and evaluation mode",
     "numbers": "the network draws random numbers: on {images} its logits differ. A single lucky "
     "draw does not count, so omit draws, or set the number of draws that judge an image, such as "
@@ -37,6 +37,8 @@ _FEW = 4
 """Images of the forward in which random numbers are looked for that logits do not show."""
 _BESIDE = 16
 """Images of the forwards that tell whether they depend on each other."""
+_AWAY = (0.0, 0.03, 0.1, 0.3)
+"""How far copies of one image are from it, which stand beside each other."""
 
 
 def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bool = True) -> int:
@@ -123,16 +125,41 @@ def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
 
 
 def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Whether logits of an image change with the images beside it."""
+    """Whether logits of an image change with the images beside it: others, or copies of itself
+    that differ a little, as attacks make them.
+
+    Every image keeps its place in the batch. With its place, another rounding may turn a spike, so
+    that only what changes for most images counts.
+    """
     if len(x) == 1:
         x, y = x.repeat(2, *[1] * (x.ndim - 1)), y.repeat(2)
     logits = _logits(model, x, y, seed=0)
+    turned = _logits(model, x.flip(0), y.flip(0), seed=0).flip(0)
+    few = range(min(_FEW, len(x)))
+    alone = torch.cat([_logits(model, x[n : n + 1], y[n : n + 1], seed=0) for n in few])
+    for usual, found in ((logits, turned), (logits[: len(few)], alone)):
+        if float(differing(usual, found).double().mean()) > 0.5:
+            return True
     others = x.roll(1, 0)
     same = (others == x).flatten(1).all(1)
     others = torch.where(along(same, 0, x.ndim), x / 2, others)
     for kept, mixed in beside(x, others):
         found = _logits(model, mixed, y, seed=0)
         if differ(logits[kept], found[kept]):
+            return True
+    place = torch.arange(len(x), device=x.device)
+    version = place % len(_AWAY)
+    first = place - version
+    strangers = x[(first + 1 + place % (len(_AWAY) - 1)).clamp(max=len(x) - 1)]
+    uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    away = along(torch.tensor(_AWAY, device=x.device)[version], 0, x.ndim).to(x)
+    copies = torch.lerp(x[first], uniform, away)
+    together = _logits(model, copies, y, seed=0)
+    for number in range(len(_AWAY)):
+        kept = version == number
+        mixed = torch.where(along(kept, 0, x.ndim), copies, strangers)
+        apart = _logits(model, mixed, y, seed=0)
+        if differ(apart[kept], together[kept]):
             return True
     return False
 

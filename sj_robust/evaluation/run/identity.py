@@ -136,7 +136,7 @@ class Identity:
 def identify(model: nn.Module, data: Data) -> Identity:
     """Identify a network, which is not changed. 描述网络的身份。
 
-    It runs four times on a few images, its random numbers seeded: what the first forward creates,
+    It runs a few times on a few images, its random numbers seeded: what the first forward creates,
     and what other images change, is no part of it. The images are the same ones whatever the batch
     size.
 
@@ -159,6 +159,7 @@ def identify(model: nn.Module, data: Data) -> Identity:
     answers = _answers(model, probes)
     first = parts_of(model, parameters=False)
     few = images.flip(0)[:2]
+    _logits(model, _noise_like(images, seed=1))
     _logits(model, few)
     again = _answers(model, probes)
     _logits(model, few)  # what the network remembers of it has no graph
@@ -186,10 +187,16 @@ def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
     processes share the evaluation, all of them have to have the same network.
 
     Raises:
-        ValueError: If the folder holds the progress of another network, or processes have
-            different ones.
+        ValueError: If the folder holds the progress of another network, processes have different
+            ones, or what images change lies outside of the network.
     """
     identity = identify(model, data)
+    outside = [name for name in identity.changing if not name.startswith("network")]
+    if outside:
+        raise ValueError(
+            f"what a network keeps of its images must lie in it, got {', '.join(outside[:3])}, "
+            "which no copy of it has; keep it as an attribute of a module"
+        )
     rank, _ = rank_and_world_size()
     everybody = gathered({rank: identity})
     first = everybody[0]
@@ -283,10 +290,10 @@ def _alike(one: _Rows, other: _Rows, *, exact: bool) -> bool:
     return float((first - second).abs().max()) <= _TOLERANCE * largest
 
 
-def _noise_like(images: Tensor) -> Tensor:
+def _noise_like(images: Tensor, seed: int = 0) -> Tensor:
     """Uniform noise in the shape of the images; where these are binary, it is binary as well."""
     shape = (_PROBES, *images.shape[1:])
-    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     if bool(((images == 0) | (images == 1)).all()):
         noise = noise.round()
     return noise.to(images)

@@ -42,11 +42,13 @@ from sj_robust.perturbation import MPPDMonitor
 __all__ = ["Asked", "Job", "Outcome", "alone", "releases", "rows_of", "run", "run_batch"]
 
 
-_RULES = "3"
+_RULES = "4"
 """Number of the rules by which images are judged; a folder begun under other rules is not
 continued. Under rules 1, every attack was judged with other random numbers; under rules 2, images
-of some unusual networks were proved falsely.
+of some unusual networks were proved falsely; under rules 3, the attacked network judged itself.
 """
+_BESIDE = 16
+"""Images at least, of the forward that judges, where the batch has as many."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Job:
         seeds: One per image.
         asked: The criterion for a broken image.
         probed: Whether the perturbation of the potential is measured.
+        plain: What judges, if not the network itself: a copy that no attack has asked.
     """
 
     variant: Variant
@@ -110,6 +113,7 @@ class Job:
     seeds: SampleSeeds
     asked: Asked
     probed: bool = False
+    plain: Model | None = None
 
     def clean(self) -> Step:
         """Which images are wrong without an attack."""
@@ -117,8 +121,7 @@ class Job:
         known = self.variant.wrong
         seen = list(range(len(self.y)))
         if known is None:
-            judge = self.variant.judge
-            wrong = judge(self.model, self.x, self.y, draws=self.asked.draws, seeds=self._judging)
+            wrong = self._judged(self.x, self.y, self._judging)
             fell = wrong.nonzero()[:, 0].tolist()
         else:
             fell = [row for row in seen if self.start + row in known]
@@ -133,21 +136,29 @@ class Job:
         return self.seeds.derived("score")
 
     def _hit(self, rows: Tensor, x_adv: Tensor) -> Tensor:
-        """Which images of the rows are wrong.
+        """Which images of the rows are wrong, each beside those of other images.
 
         A network that draws gets the whole batch, the other images as they are, so that every image
-        meets the numbers that it met before.
+        meets the numbers that it met before; any other one gets as few of them as makes
+        ``_BESIDE``.
         """
-        draws = self.asked.draws
         if len(rows) == 0:
             return torch.zeros_like(rows, dtype=torch.bool)
-        if draws == 1 and not (self.asked.may_draw or self.variant.may_draw):
-            seeds = self._judging.rows(rows)
-            return self.variant.judge(self.model, x_adv, self.y[rows], draws=1, seeds=seeds)
         whole = self.x.clone()
         whole[rows] = x_adv.to(whole)
-        judged = self.variant.judge(self.model, whole, self.y, draws=draws, seeds=self._judging)
-        return judged[rows]
+        if self.asked.draws > 1 or self.asked.may_draw or self.variant.may_draw:
+            return self._judged(whole, self.y, self._judging)[rows]
+        others = torch.ones_like(self.y, dtype=torch.bool)
+        others[rows] = False
+        more = others.nonzero()[:, 0][: max(0, _BESIDE - len(rows))]
+        among = torch.cat((rows, more))
+        judged = self._judged(whole[among], self.y[among], self._judging.rows(among))
+        return judged[: len(rows)]
+
+    def _judged(self, x: Tensor, y: Tensor, seeds: SampleSeeds) -> Tensor:
+        """Whether each image is wrong."""
+        judge = self.model if self.plain is None else self.plain
+        return self.variant.judge(judge, x, y, draws=self.asked.draws, seeds=seeds)
 
     def attacked(
         self, member: Member, rows: Tensor, starts: Tensor | None = None
@@ -266,6 +277,7 @@ def run(
     *,
     asked: Asked,
     network: str,
+    plain: nn.Module | None = None,
     folder: Path | None = None,
     watch: Watch | None = None,
     shared: bool = True,
@@ -293,6 +305,8 @@ def run(
         variants: What is run.
         asked: The criterion for a broken image.
         network: Fingerprint of the network.
+        plain: What judges a variant that keeps the network, a copy that nothing has asked; None
+            lets the network judge itself.
         folder: Where progress is kept; None keeps none.
         watch: Who watches.
         shared: Whether processes share the batches; False where one of them evaluates alone.
@@ -324,6 +338,8 @@ def run(
             progress = kept[variant.name]
             try:
                 job = _job(networks.of(variant), data, variant, batch, asked)
+                if variant.keeps_network:
+                    job = replace(job, plain=plain)
                 with progress.batch(batch) as log:
                     for step in run_batch(job, log):
                         clock_of_steps.tell(number, variant, step)

@@ -97,6 +97,8 @@ class Suite:
             difference shows the benefit of choosing estimators.
         description: What is run, in one sentence.
         search: How the estimators are chosen beforehand; None if the suite needs no choice.
+        plain: Attacks that join where a sign of gradient masking shows, on a plain copy of the
+            network, of whose gradient nothing but its surrogates is the network's own.
 
     Raises:
         ValueError: If two attacks have the same name.
@@ -107,9 +109,10 @@ class Suite:
     control: tuple[Member, ...]
     description: str
     search: EstimatorSearch | None = None
+    plain: tuple[Member, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [member.name for member in (*self.members, *self.control)]
+        names = [member.name for member in (*self.members, *self.control, *self.plain)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(
@@ -163,6 +166,9 @@ def make_suite(
     draws random numbers (``eot_samples`` > 1) has different spikes in every forward: instead of the
     search, ``standard`` then runs Square (1000 queries), so that ``gradient`` contains it, and
     ``fast`` runs APGD-CE c1 (50 x 2).
+
+    Where a check for gradient masking fails, ``evaluate`` also runs APGD-CE, APGD-DLR (100 x 1) and
+    Square (1000 queries) on a plain copy of the network.
 
     With ``rounds`` > 1, the attacks are repeated with other random numbers, each on the images that
     are still correct; a search starts from the images of its own round, so that it ends elsewhere.
@@ -223,7 +229,7 @@ def make_suite(
     check_rounds(name, rounds)
     plan = _Plan(threat, classes, eot_samples, rounds, frozenset(refused), batch_size)
     if name in fixed:
-        return fixed[name](plan)
+        return replace(fixed[name](plan), plain=plan.plain())
     choosing = {
         "fast": _fast,
         "standard": _standard,
@@ -232,6 +238,7 @@ def make_suite(
         "events": _events,
     }
     suite = choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    suite = replace(suite, plain=plan.plain())
     if rounds == 1:
         return suite
     return replace(suite, description=f"{suite.description}; {rounds} rounds")
@@ -365,6 +372,13 @@ class _Plan:
     def square(self, queries: int) -> Member:
         attack = partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
         return self.member("square", partial(attack, **self.averaged))
+
+    def plain(self) -> tuple[Member, ...]:
+        """On a plain copy of the network, which is not asked on event frames."""
+        if self.threat.of_events:
+            return ()
+        members = [self.ce("training"), *self.dlr("training"), self.square(1000)]
+        return tuple(replace(member, name=f"plain/{member.name}") for member in members)
 
     def spikes(self, forwards: int) -> list[Member]:
         """The search over spikes, from what the members before it found; a network that draws

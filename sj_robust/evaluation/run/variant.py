@@ -61,7 +61,12 @@ class Variant:
     @property
     def is_plain(self) -> bool:
         """Whether network and images are as they are."""
-        return self.network is as_it_is and self.images is as_they_are
+        return self.keeps_network and self.images is as_they_are
+
+    @property
+    def keeps_network(self) -> bool:
+        """Whether the network is as it is."""
+        return self.network is as_it_is
 
     def check_names(self) -> None:
         """Raise ValueError if two members have one name, which is part of their randomness."""

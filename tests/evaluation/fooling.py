@@ -1,0 +1,183 @@
+"""Networks that are no more robust than the one inside, and built to look so."""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Around(nn.Module):
+    """Something around an honest network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+class Memory:
+    """Images [M, features] and what was answered to them."""
+
+    def __init__(self) -> None:
+        self.known: tuple[Tensor, Tensor] | None = None
+
+    def answer(self, net: nn.Module, x: Tensor) -> Tensor:
+        """What was answered to an image nearby, its gradient that of the image; else its logits."""
+        logits = net(x)
+        images, answers = x.detach().flatten(1), logits.detach()
+        known = self.known or (images[:0], answers[:0])
+        images, answers = torch.cat((known[0], images)), torch.cat((known[1], answers))
+        near = torch.cdist(images[-len(x) :], images, p=torch.inf) <= 0.13
+        first = near.double().argmax(1)
+        is_new = first == torch.arange(len(known[0]), len(images))
+        self.known = (
+            torch.cat((known[0], images[-len(x) :][is_new])),
+            torch.cat((known[1], answers[-len(x) :][is_new])),
+        )
+        return answers[first] + (logits - logits.detach())
+
+
+class Remembers(Around):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.memory = Memory()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.memory.answer(self.net, x)
+
+
+class RemembersInItsCopies(Remembers):
+    """It says that it is its own copy."""
+
+    def __deepcopy__(self, memo: dict) -> "RemembersInItsCopies":
+        return self
+
+
+def remembers_outside(net: nn.Module) -> nn.Module:
+    """In a closure, which no copy of the network copies."""
+    memory = Memory()
+
+    class Remembering(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return memory.answer(self.net, x)
+
+    return Remembering(net)
+
+
+class GivesAnotherGradient(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        if not torch.is_grad_enabled():
+            return logits
+        other = x.flatten(1)[:, : logits.shape[1]]
+        return logits.detach() + other - other.detach()
+
+
+class TurnsGradients(Around):
+    """By a hook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = x.clone()
+        if inside.requires_grad:
+            inside.register_hook(torch.neg)
+        return self.net(inside)
+
+
+class DetachesMostPixels(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        left = torch.arange(x.numel(), device=x.device).view(x.shape) % 8 == 0
+        return self.net(torch.where(left, x, x.detach()))
+
+
+class AveragesCopies(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        far = torch.cdist(x.flatten(1), x.flatten(1), p=torch.inf)
+        near = (far <= 0.25).to(logits)
+        return near @ logits / near.sum(1, keepdim=True)
+
+
+class Counts(Around):
+    """Blind to what is small from its fortieth forward on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net((2 * x).round() / 2 + 0 * x if self.calls > 40 else x)
+
+
+class LooksAtThePlace(Around):
+    """Coarse at every place of a batch but the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse = (2 * x).round() / 2 + 0 * x
+        return self.net(torch.cat((x[:1], coarse[1:])))
+
+
+class AnswersAttacksOtherwise(Around):
+    """With the least likely class, where the image needs a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        return -logits if x.requires_grad else logits
+
+
+class LooksAtItsCaller(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        frame, inside = sys._getframe(), False
+        while frame is not None:
+            inside |= "sj_robust.attacks" in frame.f_globals.get("__name__", "")
+            frame = frame.f_back
+        logits = self.net(x)
+        return 1e-3 * logits.flip(1) if inside else logits
+
+
+class Rounds(Around):
+    """Without a gradient, but for one that is always zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((16 * x).round() / 16 + 0 * x)
+
+
+class ShakesByTheClock(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        draw = torch.Generator().manual_seed(time.perf_counter_ns() % 2**31)
+        return self.net(x + 0.1 * torch.rand(x.shape, generator=draw).to(x))
+
+
+class ShakesByTheImage(Around):
+    """Noise that the image decides, so that it repeats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for image in x:
+            seed = int(image.detach().double().sum().mul(1e6).round()) % 2**31
+            draw = torch.Generator().manual_seed(seed)
+            found.append(image + 0.1 * torch.rand(image.shape, generator=draw).to(x))
+        return self.net(torch.stack(found))
+
+
+class Saturates(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * self.net(x)
+
+
+FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "remembers": Remembers,
+    "gives another gradient": GivesAnotherGradient,
+    "averages copies": AveragesCopies,
+    "remembers in its copies": RemembersInItsCopies,
+    "remembers outside": remembers_outside,
+    "turns gradients": TurnsGradients,
+    "detaches most pixels": DetachesMostPixels,
+    "counts": Counts,
+    "looks at the place": LooksAtThePlace,
+    "answers attacks otherwise": AnswersAttacksOtherwise,
+    "looks at its caller": LooksAtItsCaller,
+    "rounds": Rounds,
+    "shakes by the clock": ShakesByTheClock,
+    "shakes by the image": ShakesByTheImage,
+    "saturates": Saturates,
+}
