@@ -282,7 +282,7 @@ def _change(module: nn.Module, kind: type) -> str | None:
             if name in _DYNAMICS or hasattr(kind, name):
                 return name
             # a setting, such as v_threshold, which the constructor sets
-            if isinstance(value, property) and name in inspect.signature(kind).parameters:
+            if hasattr(value, "__set__") and name in inspect.signature(kind).parameters:
                 return name
     return None
 

@@ -68,6 +68,7 @@ CHANGED = {
     "multi_step_forward": lif(**twice("multi_step_forward")),
     "forward": lif(**twice("forward")),
     "single_step_functional_forward": lif(single_step_functional_forward=a_step),
+    "v_threshold": lif(v_threshold=property(lambda self: 0.5, lambda self, value: None)),
     "neuronal_fire of its own": lif(__init__=patched),
 }
 SUBCLASSES = HARMLESS | CHANGED
