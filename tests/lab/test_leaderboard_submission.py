@@ -67,7 +67,7 @@ def test_a_report_of_a_shipped_network_is_attacked_again_and_taken(saved, tmp_pa
     assert found["attack again"] is True
     assert check_report(given) == checks
     path = take(given, checks, tmp_path / "board")
-    assert path.name == "digits-digits-dlif-at-Linf-0.1-fast.json"
+    assert path.name == "digits-dlif-at-Linf-0.1-fast.json"
     assert path.read_bytes() == given.read_bytes()
     assert take(given, checks, tmp_path / "board") == path
     path.write_text("{}")
