@@ -120,8 +120,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     plan = suite()
     key = network_key(model, data, request.folder)
     parts = _Parts(subject, data, request, draws, key)
-    if parts.plain is not None:
-        check_copies(parts.plain, data)
+    shared = [] if parts.plain is None else check_copies(parts.plain, data)
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))
@@ -162,6 +161,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         potential=tuple({name: row[name] for name in shown} for row in potential),
         warnings=(
             *subject.remarks,
+            *shared,
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),

@@ -211,21 +211,25 @@ def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
     return key
 
 
-def check_copies(plain: Plain, data: Data) -> None:
+def check_copies(plain: Plain, data: Data) -> list[str]:
     """Raise ValueError where a copy of a network tells another one what it was asked.
 
-    What the first forward creates, such as a table for a size of images, is allowed.
+    What the first forward creates, such as a table for a size of images, is allowed; and what hooks
+    keep, which may be a record of somebody's, is told in a remark.
     """
     images, _ = data.first(_PROBES).tensors(device_of(plain))
     _logits(plain, _noise_like(images))
     before = parts_of(plain.network, parameters=False)
     _logits(plain, _noise_like(images, seed=1))
     shared = _made(before, parts_of(plain.network, parameters=False))
-    if shared:
+    hooks = [name for name in shared if name.endswith("_hooks")]
+    if len(hooks) < len(shared):
+        shared = [name for name in shared if name not in hooks]
         raise ValueError(
             f"what a network keeps of its images must lie in it, got {', '.join(shared[:3])}, "
             "which its copies share; keep it as an attribute of a module that can be copied"
         )
+    return [f"What {name} keep of images is shared by copies of the network." for name in hooks]
 
 
 @contextmanager
