@@ -47,6 +47,19 @@ class Remembers(Around):
         return self.memory.answer(self.net, x)
 
 
+class SharedMemory(Memory):
+    def __deepcopy__(self, memo: dict) -> "SharedMemory":
+        return self
+
+
+class SharesItsMemory(Remembers):
+    """With its copies."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.memory = SharedMemory()
+
+
 class RemembersInItsCopies(Remembers):
     """It says that it is its own copy."""
 
@@ -63,6 +76,17 @@ def remembers_outside(net: nn.Module) -> nn.Module:
             return memory.answer(self.net, x)
 
     return Remembering(net)
+
+
+class KnowsThatItIsACopy(Around):
+    """And is more careful then."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.first = id(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if id(self) == self.first else 0.02 * (50 * x / 13).round() * 13)
 
 
 class GivesAnotherGradient(Around):
@@ -170,6 +194,8 @@ FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "averages copies": AveragesCopies,
     "remembers in its copies": RemembersInItsCopies,
     "remembers outside": remembers_outside,
+    "shares its memory": SharesItsMemory,
+    "knows that it is a copy": KnowsThatItIsACopy,
     "turns gradients": TurnsGradients,
     "detaches most pixels": DetachesMostPixels,
     "counts": Counts,

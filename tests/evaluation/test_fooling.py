@@ -22,6 +22,7 @@ REFUSED = {
     "averages copies": "batch",
     "looks at the place": "batch",
     "remembers outside": "attribute",
+    "shares its memory": "attribute",
     "shakes by the clock": "state",
 }
 # One of the checks that fail, None where the attacks break a network all the same; and how many
@@ -32,6 +33,7 @@ FOUND = {
     "remembers in its copies": ("other_answers", 2),
     "turns gradients": ("gradient_of_another", 2),
     "detaches most pixels": ("gradient_of_another", 2),
+    "knows that it is a copy": ("other_answers", 2),
     "counts": ("other_answers", 2),
     "answers attacks otherwise": ("other_answers", 2),
     "looks at its caller": ("other_answers", 2),
@@ -82,14 +84,19 @@ def test_an_honest_network_has_no_alarm_and_is_not_asked_more(honest):
     assert honest.worst_case.correct <= 10
 
 
-@pytest.mark.parametrize("name", REFUSED)
+def quick(names, *first):
+    """Cases by name, all but the first ones slow."""
+    return [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", quick(REFUSED, "averages copies", "remembers outside"))
 def test_a_network_that_is_no_function_of_an_image_is_refused(name, given):
     model, x, y = given
     with pytest.raises(ValueError, match=REFUSED[name]):
         evaluated(FOOLING[name](model), x, y)
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", quick(FOUND, "remembers", "gives another gradient"))
 def test_a_network_that_was_built_to_fool_gets_no_better_verdict(name, given, honest):
     model, x, y = given
     sign, more = FOUND[name]

@@ -247,7 +247,7 @@ def test_an_attack_that_has_nothing_left_asks_nothing():
 
     members = [Member(f"wrong{number}", all_wrong) for number in range(4)]
     worst_case(net, x, y, members, threat=None, draws=3)
-    assert len(asked) <= 6
+    assert len(asked) <= 12  # by the network and by the copy that judges
 
 
 def test_a_generator_of_the_network_repeats_and_stays_as_it_was():

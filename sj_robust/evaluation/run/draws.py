@@ -134,12 +134,6 @@ def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     if len(x) == 1:
         x, y = x.repeat(2, *[1] * (x.ndim - 1)), y.repeat(2)
     logits = _logits(model, x, y, seed=0)
-    turned = _logits(model, x.flip(0), y.flip(0), seed=0).flip(0)
-    few = range(min(_FEW, len(x)))
-    alone = torch.cat([_logits(model, x[n : n + 1], y[n : n + 1], seed=0) for n in few])
-    for usual, found in ((logits, turned), (logits[: len(few)], alone)):
-        if float(differing(usual, found).double().mean()) > 0.5:
-            return True
     others = x.roll(1, 0)
     same = (others == x).flatten(1).all(1)
     others = torch.where(along(same, 0, x.ndim), x / 2, others)
@@ -161,7 +155,19 @@ def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
         apart = _logits(model, mixed, y, seed=0)
         if differ(apart[kept], together[kept]):
             return True
+    turned = _logits(model, x.flip(0), y.flip(0), seed=0).flip(0)
+    twice = [
+        _logits(model, _twice(x[n]), _twice(y[n]), seed=0)[:1] for n in range(min(_FEW, len(x)))
+    ]
+    for found in (turned, torch.cat(twice)):
+        if float(differing(logits[: len(found)], found).double().mean()) > 0.5:
+            return True
     return False
+
+
+def _twice(value: Tensor) -> Tensor:
+    """A batch of one image, or label, and itself."""
+    return torch.stack((value, value))
 
 
 def _draws(model: nn.Module, x: Tensor) -> bool:

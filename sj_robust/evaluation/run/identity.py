@@ -18,6 +18,7 @@ from sj_robust.core.random_numbers import seeded_network
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint, parts_of
+from sj_robust.evaluation.run.plain import Plain
 from sj_robust.evaluation.run.progress import (
     another_evaluation,
     gathered,
@@ -25,7 +26,7 @@ from sj_robust.evaluation.run.progress import (
     read,
 )
 
-__all__ = ["Answers", "Identity", "identify", "network_key", "seeded_sources"]
+__all__ = ["Answers", "Identity", "check_copies", "identify", "network_key", "seeded_sources"]
 
 _PROBES = 4
 """Images of noise, and of the data, whose logits are compared."""
@@ -136,7 +137,7 @@ class Identity:
 def identify(model: nn.Module, data: Data) -> Identity:
     """Identify a network, which is not changed. 描述网络的身份。
 
-    It runs a few times on a few images, its random numbers seeded: what the first forward creates,
+    It runs four times on a few images, its random numbers seeded: what the first forward creates,
     and what other images change, is no part of it. The images are the same ones whatever the batch
     size.
 
@@ -159,7 +160,6 @@ def identify(model: nn.Module, data: Data) -> Identity:
     answers = _answers(model, probes)
     first = parts_of(model, parameters=False)
     few = images.flip(0)[:2]
-    _logits(model, _noise_like(images, seed=1))
     _logits(model, few)
     again = _answers(model, probes)
     _logits(model, few)  # what the network remembers of it has no graph
@@ -187,16 +187,10 @@ def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
     processes share the evaluation, all of them have to have the same network.
 
     Raises:
-        ValueError: If the folder holds the progress of another network, processes have different
-            ones, or what images change lies outside of the network.
+        ValueError: If the folder holds the progress of another network, or processes have
+            different ones.
     """
     identity = identify(model, data)
-    outside = [name for name in identity.changing if not name.startswith("network")]
-    if outside:
-        raise ValueError(
-            f"what a network keeps of its images must lie in it, got {', '.join(outside[:3])}, "
-            "which no copy of it has; keep it as an attribute of a module"
-        )
     rank, _ = rank_and_world_size()
     everybody = gathered({rank: identity})
     first = everybody[0]
@@ -215,6 +209,27 @@ def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
     if error:
         raise ValueError(error)
     return key
+
+
+def check_copies(plain: Plain, data: Data) -> list[str]:
+    """Raise ValueError where a copy of a network tells another one what it was asked.
+
+    What the first forward creates, such as a table for a size of images, is allowed; and what hooks
+    keep, which may be a record of somebody's, is told in a remark.
+    """
+    images, _ = data.first(_PROBES).tensors(device_of(plain))
+    _logits(plain, _noise_like(images))
+    before = parts_of(plain.network, parameters=False)
+    _logits(plain, _noise_like(images, seed=1))
+    shared = _made(before, parts_of(plain.network, parameters=False))
+    hooks = [name for name in shared if name.endswith("_hooks")]
+    if len(hooks) < len(shared):
+        shared = [name for name in shared if name not in hooks]
+        raise ValueError(
+            f"what a network keeps of its images must lie in it, got {', '.join(shared[:3])}, "
+            "which its copies share; keep it as an attribute of a module that can be copied"
+        )
+    return [f"What {name} keep of images is shared by copies of the network." for name in hooks]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class Job:
         seeds: One per image.
         asked: The criterion for a broken image.
         probed: Whether the perturbation of the potential is measured.
-        plain: What judges, if not the network itself: a copy that no attack has asked.
+        plain: What judges beside the network itself: a copy that no attack has asked.
     """
 
     variant: Variant
@@ -156,9 +157,12 @@ class Job:
         return judged[: len(rows)]
 
     def _judged(self, x: Tensor, y: Tensor, seeds: SampleSeeds) -> Tensor:
-        """Whether each image is wrong."""
-        judge = self.model if self.plain is None else self.plain
-        return self.variant.judge(judge, x, y, draws=self.asked.draws, seeds=seeds)
+        """Whether the copy, or the network itself, gets each image wrong."""
+        judge = partial(self.variant.judge, x=x, y=y, draws=self.asked.draws, seeds=seeds)
+        wrong = judge(self.model)
+        if self.plain is None or self.plain is self.model:
+            return wrong
+        return wrong | judge(self.plain)
 
     def attacked(
         self, member: Member, rows: Tensor, starts: Tensor | None = None
@@ -305,8 +309,7 @@ def run(
         variants: What is run.
         asked: The criterion for a broken image.
         network: Fingerprint of the network.
-        plain: What judges a variant that keeps the network, a copy that nothing has asked; None
-            lets the network judge itself.
+        plain: What judges beside a network that a variant keeps, a copy that nothing has asked.
         folder: Where progress is kept; None keeps none.
         watch: Who watches.
         shared: Whether processes share the batches; False where one of them evaluates alone.
