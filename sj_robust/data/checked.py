@@ -1,4 +1,4 @@
-"""Somebody's data set as pairs of an image and its class, each item checked when it is read."""
+"""The user's data set as pairs of an image and its class, each item checked when it is read."""
 
 from typing import Any
 

@@ -356,8 +356,8 @@ class _Parts:
         return replace(
             report,
             rows=(*report.rows, *rows),
-            description=f"{report.description}; as gradients may be masked, also attacks on a "
-            "plain copy of the network",
+            description=f"{report.description}; as gradients may be masked, also attacks on "
+            f"{'the network itself' if self.plain is None else 'a plain copy of the network'}",
             warnings=(*report.warnings, *outcome.warnings),
         )
 
@@ -366,7 +366,10 @@ class _Parts:
         if self.plain is None:
             return False
         with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(self.plain):
-            logits: Tensor = self.plain(self.x[:1].clone().requires_grad_())
+            try:
+                logits: Tensor = self.plain(self.x[:1].clone().requires_grad_())
+            except Exception:  # a forward that does not take tensors which record their graph
+                return False
             return logits.requires_grad
 
     def _run(

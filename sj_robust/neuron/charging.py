@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from sj_robust.core.checks import check_network, check_values
+from sj_robust.core.checks import check_network
 from sj_robust.core.host import is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode, Spiking, describe_surrogate
 from sj_robust.ops import Surrogate
@@ -151,7 +151,6 @@ def find_neurons(
             advise.
     """
     check_network(net)
-    check_values(net)
     followed: dict[str, Neuron] = {}
     unsupported: dict[str, str] = {}
     candidates = _candidates(net)
@@ -159,8 +158,9 @@ def find_neurons(
         if has_known_dynamics(module):
             followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
         elif isinstance(module, StatesCharging):
-            by_user = "charging" in vars(module)
-            followed[name] = Neuron(name, module, module.charging, known=False, stated=by_user)
+            charging = module.charging
+            by_user = isinstance(charging, _Stated)
+            followed[name] = Neuron(name, module, charging, known=False, stated=by_user)
         else:
             unsupported[name] = _reason(module, offers_decay=offers_decay)
     return followed, unsupported, {name for name in unsupported if emits_spikes(candidates[name])}
@@ -198,19 +198,32 @@ def stated(
     decays, gains = decay or {}, gain or {}
     candidates = _candidates(net) if decays or gains else {}
     _check_given(candidates, decays, gains)
-    chosen: list[nn.Module] = []
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for name, module in candidates.items():
             kept = _lookup(decays, name, module)
             if kept is not None:
+                own = {key: vars(module)[key] for key in ("charging",) if key in vars(module)}
+                before.append((module, own))
                 fixed = _lookup(gains, name, module)
                 given_gain = 1.0 if fixed is None else float(fixed)
-                vars(module)["charging"] = partial(Charging, float(kept), given_gain)
-                chosen.append(module)
+                vars(module)["charging"] = _Stated(float(kept), given_gain)
         yield
     finally:
-        for module in chosen:
+        for module, own in before:
             del vars(module)["charging"]
+            vars(module).update(own)
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """How the user says that a neuron charges."""
+
+    decay: float
+    gain: float
+
+    def __call__(self) -> Charging:
+        return Charging(self.decay, self.gain)
 
 
 def has_known_dynamics(module: nn.Module) -> bool:
@@ -270,7 +283,8 @@ def known_change(module: nn.Module) -> str | None:
 
 def _change(module: nn.Module, kind: type) -> str | None:
     """Name of an attribute of a class that a neuron, or its own class, replaces."""
-    for name in _DYNAMICS:
+    replaced = _DYNAMICS if type(module) is kind else (*_DYNAMICS, *_FORWARDS)
+    for name in replaced:
         if name in vars(module):
             return name
     for cls in type(module).__mro__:
@@ -317,6 +331,11 @@ _DYNAMICS = (
     "materialize_states",
 )
 """Methods by which a neuron of either release of SpikingJelly says what it does."""
+
+_FORWARDS = ("forward", "single_step_forward", "multi_step_forward")
+"""Methods that the constructor of a subclass may replace; on a class of SpikingJelly, this package
+does.
+"""
 
 _KNOWN: dict[type, Callable[[Any], Charging]] = {
     neuron.IFNode: lambda module: Charging(decay=1.0),

@@ -17,6 +17,7 @@ from sj_robust.core.checks import (
     check_number_of_channels,
     check_steps,
     check_tensor,
+    check_values,
 )
 from sj_robust.core.convention import Snapshot, kept_state, unreset
 from sj_robust.core.host import functional
@@ -253,6 +254,7 @@ class MPPDMonitor:
                 that is not reset.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
+        check_values(self._net)
         if x.shape != x_perturbed.shape:
             raise ValueError(
                 f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "

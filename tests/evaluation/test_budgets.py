@@ -51,7 +51,7 @@ def check_budgets(found, hashed):
     assert found["check_images while crafting"] == found["check_labels while crafting"] == 0
     assert found["check_logits while crafting"] == 0
     assert found["check_logits"] <= found["forward"]
-    assert found["forward while crafting"] > found["forward"]
+    assert found["forward while crafting"] > 0.5 * found["forward"]  # a copy judges as well
     assert found["fingerprint"] == hashed
 
 

@@ -202,7 +202,6 @@ class Drawing(Net):
     ("model", "reason"),
     [
         (torch.nn.Linear(4, 3), "model must be a SpikingClassifier, got Linear"),
-        (classifier().train(), "model must be in evaluation mode"),
         (classifier().eval().double(), "model and images must be in float32"),
         (SpikingClassifier(Drawing(), T=3).eval(), "the same logits in every forward"),
     ],

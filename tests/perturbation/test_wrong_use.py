@@ -457,6 +457,6 @@ class Keeping(nn.Module):
 
 def test_a_network_without_values_or_with_a_state_of_its_own_is_refused():
     with pytest.raises(ValueError, match=r"weight on the device meta"):
-        MPPDMonitor(net_of(neuron.LIFNode()).to("meta"))
+        MPPDMonitor(net_of(neuron.LIFNode()).to("meta")).compare(*inputs())
     with pytest.raises(ValueError, match=r"keeps a state that .* \(seen\)"):
         MPPDMonitor(Keeping()).compare(*inputs())

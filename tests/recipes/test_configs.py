@@ -231,7 +231,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         searches = bool(planned.searches)  # which come first, each of three values
         assert {run["seed"] for run in runs} == ({0} if searches else {0, 1})
         assert len(runs) == (3 if searches else 2) * len(options.cells)
-        shared = ("T", "channels", "epochs", "train_limit", "batch_size", "eval_eps", "select")
+        shared = ("T", "channels", "epochs", "train_limit", "batch_size", "eval_eps")
         assert len({str([run[name] for name in shared]) for run in runs}) == 1
     elif path.stem.startswith("bfloat16"):
         seen = [run["mixed_precision"] for run in runs[:2]]

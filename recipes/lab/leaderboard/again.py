@@ -105,14 +105,14 @@ def evaluated_again(
         batch_size=data.batch_size,
     )
     counted = [member for member in suite.members if Asked(threat).keeps(member)]
-    told = {row.member for row in report.attacks if row.threat == threat}
+    told = {row.member for row in report.attacks if report.within(row)}
     lacking = [member.name for member in counted if member.name not in told]
     yield Check(
         not lacking,
         f"members: {len(counted) - len(lacking)} of {len(counted)} attacks of the suite "
         f"{report.suite}; missing: {', '.join(lacking) or 'none'}",
     )
-    again = _Again(report, network.model, data, counted, secret)
+    again = _Again(report, network, data, counted, secret)
     if not lacking:
         yield again.attacked(sorted(report.undecided), sorted(proved))
     if proved:
@@ -138,14 +138,14 @@ class _Again:
 
     Attributes:
         report: The report.
-        model: Its network.
+        network: Its network.
         data: Its images.
         members: The attacks of its suite within the threat, in their order.
         secret: What the choice of images follows from, beside the report.
     """
 
     report: Report
-    model: nn.Module
+    network: Subject
     data: Data
     members: Sequence[Member]
     secret: bytes
@@ -182,7 +182,7 @@ class _Again:
         x, y = self._images(tried)
         threat = self.report.threat
         assert threat is not None  # or nothing would be proved
-        found = prove(self.model, Data.of_tensors(x, y, _BATCH), [threat.eps], threat)
+        found = prove(self.network.model, Data.of_tensors(x, y, _BATCH), [threat.eps], threat)
         (made,) = map(len, found.verified.values())
         return Check(
             len(tried) - made <= 1,  # which may be lost by rounding
@@ -221,8 +221,9 @@ class _Again:
             batch = numbers[start : start + _BATCH]
             x, y = self._images(batch)
             seeds = SampleSeeds(batch).derived("image", self.report.seed)
-            job = Job(variant, self.model, x, y, 0, seeds, asked)
-            with evaluation_mode(self.model):
+            model = self.network.model
+            job = Job(variant, model, x, y, 0, seeds, asked, plain=self.network.plain)
+            with evaluation_mode(model):
                 _, *steps = run_batch(job, BatchLog())
             for step in steps:
                 broken = [batch[row] for row in step.fell]

@@ -1,9 +1,10 @@
 """A network as it was before the first query, which no query changes."""
 
+import contextvars
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -76,14 +77,18 @@ class Plain(nn.Module):
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """From a thread without a gradient, whose stack does not tell who asks."""
+        kind = images.device.type
+        lowered = torch.is_autocast_enabled(kind)
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=lowered)
+        place = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
 
         def ask() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), autocast, place:
                 logits: Tensor = network(images)
             return logits
 
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(ask).result()
+            return thread.submit(contextvars.copy_context().run, ask).result()
 
 
 def plain_copy(network: nn.Module) -> tuple[Plain | None, str]:
@@ -98,7 +103,7 @@ def plain_copy(network: nn.Module) -> tuple[Plain | None, str]:
     except Exception as error:  # an object of somebody's that cannot be copied
         return None, (
             f"The network cannot be copied ({type(error).__name__}: {error}), so the verdict is "
-            "its own after all that the attacks have asked it; keep what cannot be copied outside."
+            "its own after all that the attacks have asked it; give that object a __deepcopy__."
         )
 
 
@@ -143,8 +148,11 @@ class _Recording:
     def step(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a function of steps returns, with the gradient of the identity."""
         found = self.run(function, *args, **kwargs)
+        moved = [one for one in tree_leaves((args, kwargs)) if isinstance(one, _Recorded)]
         with _enabled():
-            graph = args[0].content()
+            graph = moved[0].content()
+            if graph.shape != found.shape:  # limits that depend on the images
+                return found
             return self.wrapped(graph + (found.content() - graph).detach())
 
 
@@ -172,7 +180,7 @@ class _Recorded(Tensor):
         recording = next((one.recording for one in recorded if one.recording.is_open), None)
         if recording is not None and func not in _TELLS:
             if func in _CUTS:
-                return args[0]
+                return recorded[0]
             run = recording.run if func not in _STEPS else recording.step
             return run(func, *given[0], **given[1])
         with torch._C.DisableTorchFunctionSubclass():
@@ -185,7 +193,7 @@ def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
-_CUTS = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _getter("data"))
+_CUTS = (torch.detach, Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _getter("data"))
 """Functions that only change the graph, or look behind it."""
 _STEPS = (
     *(torch.round, torch.floor, torch.ceil, torch.trunc, torch.clamp, torch.clip),
