@@ -67,6 +67,7 @@ nitpick_ignore = [
         "data.stored.StoredFrames",
         "data.stored.StoredImages",
         "estimators.naming.EstimatorName",
+        "evaluation.run.plain.Plain",
         "neuron.charging.Charging",
         "ops.dlif.config.Outputs",
         "perturbation.association.Association",

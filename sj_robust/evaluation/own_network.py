@@ -110,7 +110,7 @@ def evaluate(
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
-        decay: For neurons whose dynamics are not known, as in :class:`sj_robust.MPPDMonitor`.
+        decay: For neurons whose dynamics are not known, as in ``sj_robust.MPPDMonitor``.
         gain: Their input gain.
         draws: Number of forwards of a stochastic network. An image counts as broken if the
             network is wrong in more than half of them, and attacks average the gradient over a

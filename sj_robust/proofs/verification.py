@@ -252,7 +252,7 @@ def verify(
             time, so results do not depend on how busy the machine is.
         batch_size: Images at a time; memory grows with it, not with N.
         decay: Fraction of the potential kept per step by neurons whose dynamics are not known, as
-            in :class:`sj_robust.MPPDMonitor`; their firing and reset must be those of a BaseNode.
+            in ``sj_robust.MPPDMonitor``; their firing and reset must be those of a BaseNode.
         gain: Their input gain.
         on_batch: Called after every batch with the number of images done so far.
 

@@ -128,7 +128,7 @@ def finetune(
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        decay: For neurons whose dynamics are not known, as in :class:`sj_robust.MPPDMonitor`.
+        decay: For neurons whose dynamics are not known, as in ``sj_robust.MPPDMonitor``.
         gain: Their input gain.
         seed: Random seed.
         folder: Folder for checkpoints and log; None saves nothing. It resumes only the training of
