@@ -233,6 +233,8 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         assert len(runs) == (3 if searches else 2) * len(options.cells)
         shared = ("T", "channels", "epochs", "train_limit", "batch_size", "eval_eps")
         assert len({str([run[name] for name in shared]) for run in runs}) == 1
+        others = [one for one in (*planned.runs, *planned.searches) if one.cell != "undefended"]
+        assert {one.options["select"] for one in others} == {"pgd"}
     elif path.stem.startswith("bfloat16"):
         seen = [run["mixed_precision"] for run in runs[:2]]
         assert seen == ["no", "bf16"]
