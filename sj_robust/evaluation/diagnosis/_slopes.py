@@ -190,6 +190,7 @@ def _total(values: list[_Values], by_image: bool) -> Tensor:
 
 def _cosine(one: Tensor, other: Tensor) -> float:
     """Of two vectors, of which two of zeros agree."""
+    one, other = one.detach(), other.detach()
     lengths = one.norm() * other.norm()
     if float(lengths) == 0:
         return float(one.norm() == other.norm())
