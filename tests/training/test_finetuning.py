@@ -97,19 +97,18 @@ def test_a_network_of_ones_own_becomes_robust_in_place():
     assert right == report.under("clean", variant="after").correct
 
 
-FORMS = ["tensors", "data set", "loader", "classes as numbers", "arrays and names"]
+FORMS = ["tensors", "data set", "loader", "classes as numbers"]
 
 
 @pytest.mark.parametrize("kind", mostly_slow(FORMS, quick=["loader"]))
 def test_images_may_come_in_every_usual_form(kind):
     x, y = STRIPES.train.tensors
-    numbers = [(image, int(label)) for image, label in zip(x, y, strict=True)]
+    numbers = [(image, np.int64(label)) for image, label in zip(x, y, strict=True)]
     given = {
         "tensors": (x, y),
         "data set": STRIPES.train,
         "loader": DataLoader(STRIPES.train, 4),
         "classes as numbers": OfPairs(numbers),
-        "arrays and names": OfPairs([(x.numpy(), np.int64(y), "name") for x, y in numbers]),
     }
     report = finetune(network(), given[kind], **QUICK)
     assert report.dataset == "images"
@@ -409,53 +408,52 @@ FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "error", "name"),
     [
-        ({"mode": "fgsm"}, "mode must be one of .*certified"),
-        ({"eps": -1}, "eps must be >= 0"),
-        ({"T": None}, "T must be"),
-        ({"data": [1, 2]}, "data must be a data set with a length, .* got list"),
-        ({"data": FRAMES}, "data must be images .* got event frames .* sj-robust train"),
-        (
-            {"data": FEATURES},
-            r"data must be images \[C, H, W\], got \[6\]; give features as images",
-        ),
-        ({"data": (2 * torch.ones(20, 1, 4, 4), torch.arange(20) % 3)}, r"\[0, 1\]"),
-        ({"data": (X, Y, Y)}, "data must be .* two tensors .* got tuple"),
-        ({"data": (X.numpy(), Y)}, "x must be a tensor of images, got ndarray"),
-        ({"data": (X, torch.eye(3)[Y])}, r"y must be int64, .* y.argmax\(1\) of one-hot"),
-        ({"data": OfPairs([{"image": X[0], "label": 0}] * 20)}, r"data\[0\] .* got a dict of 'i"),
-        ({"data": pairs(label=lambda y: torch.eye(3)[y])}, r"data\[3\] .*label.argmax\(\)"),
-        ({"data": pairs(label=str)}, r"class of data\[3\] must be an integer, got str"),
-        ({"data": pairs(ToPILImage())}, r"image of data\[3\] must be a tensor .* ToTensor"),
-        ({"data": pairs(lambda x: x[:, 1:])}, r"data\[3\] must be float32 \[1, 4, 4\] .* 3, 4\]"),
-        ({"data": pairs(lambda x: x.double())}, r"data\[3\] must be float32 .*, got float64"),
-        ({"test": (X[:, :, 1:], Y)}, r"test must hold images like those of data, .*; resize"),
-        ({"test": (X[:0], Y[:0])}, "test must contain at least one image, got none"),
-        ({"net": linear().half()}, r"float32 .* got torch.float16 in 1.weight.* torch.autocast"),
-        ({"net": linear().bfloat16()}, r"float32 .* got torch.bfloat16 in 1.weight"),
-        ({"net": nn.Flatten()}, "net must be a spiking network, got Flatten"),
-        ({"net": "net"}, "net must be"),
-        ({"validation_fraction": 0.0, "data": STRIPES.train}, "must leave images on both sides"),
-        ({"batch_size": 500}, "batch_size must be from 1 to"),
-        ({"epochs": 0}, "epochs must be"),
-        ({"rho": -1.0}, "rho must be"),
-        ({"rho": "1"}, "rho must be a number, got str"),
-        ({"rho": 5.0, "mode": "none"}, "rho has no effect in mode 'none', got 5.0; omit it"),
-        ({"lr": "0.1"}, "lr must be a number, got str"),
-        ({"validation_fraction": "a"}, "validation_fraction must be a number, got str"),
-        ({"net": network().requires_grad_(False)}, "must have a weight to train.*requires_grad_"),
-        ({"mean": [0.5, 0.5]}, "mean"),
-        ({"progress": "yes"}, "progress must be"),
+        ({"mode": "fgsm"}, ValueError, "mode"),
+        ({"eps": -1}, ValueError, "eps"),
+        ({"T": None}, ValueError, "T"),
+        ({"data": [1, 2]}, TypeError, "data"),
+        ({"data": FRAMES}, ValueError, "data"),
+        ({"data": FEATURES}, ValueError, "data"),
+        ({"data": (2 * torch.ones(20, 1, 4, 4), torch.arange(20) % 3)}, ValueError, "x"),
+        ({"data": (X, Y, Y)}, TypeError, "data"),
+        ({"data": (X.numpy(), Y)}, TypeError, "x"),
+        ({"data": (X, torch.eye(3)[Y])}, TypeError, "y"),
+        ({"data": TensorDataset(X, Y, Y)}, TypeError, r"data\[0\]"),
+        ({"data": OfPairs([{"image": X[0], "label": 0}] * 20)}, TypeError, r"data\[0\]"),
+        ({"data": pairs(label=lambda y: torch.eye(3)[y])}, TypeError, r"class of data\[3\]"),
+        ({"data": pairs(label=str)}, TypeError, r"class of data\[3\]"),
+        ({"data": pairs(ToPILImage())}, TypeError, r"image of data\[3\]"),
+        ({"data": pairs(torch.Tensor.numpy)}, TypeError, r"image of data\[3\]"),
+        ({"data": pairs(lambda x: x[:, 1:])}, ValueError, r"image of data\[3\]"),
+        ({"data": pairs(torch.Tensor.double)}, ValueError, r"image of data\[3\]"),
+        ({"test": (X[:, :, 1:], Y)}, ValueError, "test"),
+        ({"test": (X[:0], Y[:0])}, ValueError, "test"),
+        ({"net": linear().half()}, ValueError, "torch.float16 in 1.weight"),
+        ({"net": linear().bfloat16()}, ValueError, "torch.bfloat16 in 1.weight"),
+        ({"net": nn.Flatten()}, ValueError, "net"),
+        ({"net": "net"}, TypeError, "net"),
+        ({"validation_fraction": 0.0, "data": STRIPES.train}, ValueError, "validation_fraction"),
+        ({"batch_size": 500}, ValueError, "batch_size"),
+        ({"epochs": 0}, ValueError, "epochs"),
+        ({"rho": -1.0}, ValueError, "rho"),
+        ({"rho": "1"}, TypeError, "rho"),
+        ({"rho": 5.0, "mode": "none"}, ValueError, "rho"),
+        ({"lr": "0.1"}, TypeError, "lr"),
+        ({"validation_fraction": "a"}, TypeError, "validation_fraction"),
+        ({"net": network().requires_grad_(False)}, ValueError, "requires_grad"),
+        ({"mean": [0.5, 0.5]}, ValueError, "mean"),
+        ({"progress": "yes"}, TypeError, "progress"),
     ],
 )
-def test_wrong_use_is_told_before_anything_is_trained(options, reason):
+def test_wrong_use_is_told_before_anything_is_trained(options, error, name):
     usual = {"net": network(), "data": STRIPES} | QUICK
     if isinstance(options.get("net"), nn.Flatten):
         usual["T"] = None
     given = usual | options
     before = weights(usual["net"])
-    with pytest.raises((TypeError, ValueError), match=reason):
+    with pytest.raises(error, match=rf"\b{name}\b" if name.isidentifier() else name):
         finetune(given.pop("net"), given.pop("data"), **given)
     assert same(before, weights(usual["net"]))
 
