@@ -190,13 +190,15 @@ class Spiking(ABC):
 
     def start(self, like: Tensor) -> Interval:
         """The potential before the first step, one number for all neurons."""
-        if bool((torch.as_tensor(self.neuron.module.v) != self.rest).any()):
+        v = self.neuron.module.v
+        is_constant = isinstance(v, int | float) or type(v) is Tensor
+        if not is_constant or bool((torch.as_tensor(v) != self.rest).any()):
             raise NoBoundsError(
-                f"the layer {self.neuron.name}, whose v_reset was changed after it was built: "
-                "give it v_reset then"
+                f"the layer {self.neuron.name}, whose v is not v_reset before its first step: set "
+                "v_reset when it is built, and no v in a forward"
             )
-        v = like.new_tensor(self.rest)
-        return Interval(v, v)
+        rest = like.new_tensor(self.rest)
+        return Interval(rest, rest)
 
     def charged(
         self, v: Interval, x: Interval, *, decay: float | Tensor, gain: float | Tensor

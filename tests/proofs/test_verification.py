@@ -486,6 +486,16 @@ class Attention(nn.Module):
         return x @ x.transpose(-1, -2)
 
 
+class SetsV(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.node = neuron.IFNode()
+
+    def forward(self, x):
+        self.node.v = x + 0.4
+        return self.node(x)
+
+
 SMOOTH = surrogate.ATan(spiking=False)
 WRONG_NETWORKS = {
     "wrap the network": nn.Flatten,
@@ -496,7 +506,8 @@ WRONG_NETWORKS = {
     ),
     "whose surrogate does not spike": lambda: changed(neuron.IFNode(surrogate_function=SMOOTH)),
     "QIFNode.: its charge depends on the square": lambda: changed(neuron.QIFNode()),
-    "whose v_reset was changed": lambda: changed(v_reset=0.8),
+    "set v_reset when it is built": lambda: changed(v_reset=0.8),
+    "set .* no v in a forward": lambda: SpikingClassifier(SetsV(), T=1).eval(),
     "whose decay is negative: give it a tau": lambda: changed(neuron.LIFNode(), tau=0.5),
     "v_threshold is not one finite number": lambda: changed(v_threshold=torch.ones(2)),
     "weights must be finite, got NaN or infinity in net.0.weight": lambda: weights_of(torch.nan),
