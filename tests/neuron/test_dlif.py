@@ -198,14 +198,14 @@ class TestBackends:
     def test_block_size_of_the_host_reaches_the_cuda_kernel(self, monkeypatch):
         from spikingjelly import configure
 
-        from sj_robust.ops.dlif import cupy_launch, dispatch
+        from sj_robust.ops.dlif import cupy_launch, operator
 
         seen = []
 
         def note(launcher, inputs, outputs):
             seen.append(launcher)
 
-        monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
+        monkeypatch.setattr(operator, "choose_backend", lambda *arguments: "cupy")
         for name in ("unavailable_reason", "unsupported_reason"):
             monkeypatch.setattr(cupy_launch, name, lambda *arguments: None)
         monkeypatch.setattr(cupy_launch.Launcher, "forward", note)

@@ -13,29 +13,13 @@ from typing import Any
 import torch
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import triton_launch as stage_launch
 from sj_robust.ops.dlif import triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Planes
+from sj_robust.ops.dlif.config import DLIFConfig
 
 WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OF_IO = {"x_seq", "spike_seq", "grad_spike_seq", "grad_x_seq"}  # pointers to the dtype of x
-OF_CHANNELS = {
-    "moments",
-    "slopes",
-    "sums",
-    "grad_norm",
-}  # pointers to float64; all others are to float32
 SCALARS = {"decay", "leak_current", "v_threshold", "v_reset", "alpha"}
-SIZES = {
-    "neurons",
-    "neurons_again",
-    "channels",
-    "x_row",
-    "x_row_again",
-    "window_row",
-}  # 16 divides them, mostly
-COUNTS = {"samples", "height", "units", "count", "plane"}
-PLANES = Planes(64, 32, 32, False, False)
+SIZES = {"neurons", "neurons_again"}  # 16 divides them, mostly
 CONFIG = DLIFConfig(0.9, 1.0, 0.0, Surrogate(), False)
 
 
@@ -81,43 +65,6 @@ def triton_code(
     constants = {**asdict(plan), **dict.fromkeys(absent)}
     function = getattr(triton_launch._kernels(), kernel)
     return _compiled(function, constants, plan.warps, plan.BLOCK, dtype, architecture, aligned)
-
-
-def stage_code(
-    kernel: str,
-    dtype: torch.dtype,
-    steps: int,
-    planes: Planes = PLANES,
-    config: DLIFConfig = CONFIG,
-    *,
-    architecture: int = 90,
-    absent: tuple[str, ...] = (),
-    aligned: bool = True,
-    **other_constants: Any,
-) -> Code:
-    """The same of ``bn_dlif_forward``, ``bn_dlif_backward`` and ``bn_statistics``."""
-    layout, constants = stage_launch.cut(kernel, dtype, steps, config, planes)
-    constants |= other_constants
-    if kernel == "bn_dlif_backward":
-        warps = triton_launch.BACKWARD_WARPS
-    else:
-        warps = triton_launch.FORWARD_WARPS
-    members = 1
-    if layout.POOL:
-        members = 4 if layout.LAST else 2
-    neurons = members * layout.BLOCK * layout.CHANNELS
-    if kernel == "bn_statistics":
-        constants["COUNT"] = 1
-    function = getattr(stage_launch._kernels(), kernel)
-    return _compiled(
-        function,
-        {**constants, **dict.fromkeys(absent)},
-        warps,
-        neurons,
-        dtype,
-        architecture,
-        aligned,
-    )
 
 
 def _compiled(
@@ -193,11 +140,11 @@ def _type(name: str, constants: dict[str, object], dtype: torch.dtype) -> str:
         return "constexpr"
     if name in SCALARS:
         return "fp32"
-    if name in SIZES | COUNTS:
+    if name in SIZES:
         return "i32"
     if name in OF_IO:
         return f"*{WIDTHS[dtype]}"
-    return "*fp64" if name in OF_CHANNELS else "*fp32"
+    return "*fp32"
 
 
 def _tool(name: str) -> Path:
@@ -213,24 +160,5 @@ def _run(name: str, *arguments: str) -> str:
 ABSENT = {
     "dlif_forward": ("v_init", "v_seq"),
     "dlif_backward": ("v_init", "grad_v_last", "grad_v_seq", "grad_v_init", "checkpoints"),
-    "bn_dlif_forward": ("v_init", "v_seq", "current_seq"),
-    "bn_dlif_backward": (
-        "v_init",
-        "grad_v_last",
-        "grad_v_seq",
-        "grad_current_seq",
-        "grad_x_total",
-        "grad_v_init",
-        "checkpoints",
-    ),
-    "bn_statistics": (),
 }
 """Tensors that a training step of a layer does not have."""
-BACKWARD = {
-    "sums": ("grad_x_seq", "slopes"),
-    "gradient of x": ("partial_sums", "partial_grad_gain"),
-    "evaluation": ("slopes",),
-}
-"""And what each of the two passes of ``bn_dlif_backward`` leaves out, and the one where statistics
-are running ones.
-"""

@@ -10,16 +10,8 @@ import torch
 from ops.triton import ahead
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.bn_dlif.layer import (
-    Layer,
-    NormTensors,
-    StageGradients,
-    StageOutputGradients,
-    StageOutputs,
-)
-from sj_robust.ops.dlif import backends, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
+from sj_robust.ops.dlif import operator, triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,37 +29,25 @@ def config(v_reset=0.0, kind="triangle", detach=False):
     return DLIFConfig(0.9, 1.0, v_reset, Surrogate(kind), detach)
 
 
-BN_BACKWARD = "bn_dlif_backward"
-EVALUATION = (*ahead.ABSENT[BN_BACKWARD], *ahead.BACKWARD["evaluation"])
-ODD = Planes(3, 7, 7, True, True)
-POOLED = Planes(64, 8, 8, True, True)
-# architecture, kernel, dtype, steps, constants, tensors that are left out, planes, registers
+# architecture, kernel, dtype, steps, constants, tensors that are left out, registers
 IN_REGISTERS = [
-    (80, FORWARD, F16, 8, config(None), (), None, 64),
-    (100, FORWARD, F16, 100, config(-0.25), ("v_init",), None, 64),
-    (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), ahead.ABSENT[BACKWARD], None, 168),
-    (90, BACKWARD, F32, 4, config(-0.25, "soft_sign", True), ("checkpoints",), None, 168),
-    (100, BACKWARD, F32, 21, config(None, "erf"), (), None, 168),
-    (80, BACKWARD, BF16, 100, config(0.0, "triangle", True), ("grad_v_init",), None, 168),
-    (80, BN_BACKWARD, F16, 4, config(None, "atan"), EVALUATION, POOLED, 168),
-    (100, BN_BACKWARD, BF16, 100, config(-0.25, "sigmoid"), ("grad_x_total",), ODD, 255),
+    (80, FORWARD, F16, 8, config(None), (), 64),
+    (100, FORWARD, F16, 100, config(-0.25), ("v_init",), 64),
+    (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), ahead.ABSENT[BACKWARD], 168),
+    (90, BACKWARD, F32, 4, config(-0.25, "soft_sign", True), ("checkpoints",), 168),
+    (100, BACKWARD, F32, 21, config(None, "erf"), (), 168),
+    (80, BACKWARD, BF16, 100, config(0.0, "triangle", True), ("grad_v_init",), 168),
 ]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kernel", "dtype", "steps", "constants", "absent", "planes", "registers"),
+    ("architecture", "kernel", "dtype", "steps", "constants", "absent", "registers"),
     IN_REGISTERS,
 )
-def test_stays_in_registers(
-    architecture, kernel, dtype, steps, constants, absent, planes, registers
-):
+def test_stays_in_registers(architecture, kernel, dtype, steps, constants, absent, registers):
     """At most 168 of 65536, so that an SM holds 12 warps."""
     options = {"architecture": architecture, "absent": absent, "config": constants}
-    if planes is None:
-        code = ahead.triton_code(kernel, dtype, steps, **options)
-    else:
-        aligned = planes.channels % 16 == 0
-        code = ahead.stage_code(kernel, dtype, steps, planes, aligned=aligned, **options)
+    code = ahead.triton_code(kernel, dtype, steps, **options)
     assert code.stack == 0, "registers are spilled"
     assert code.registers <= registers
 
@@ -126,59 +106,6 @@ def test_offsets_are_computed_in_64_bits(kernel):
     assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}
 
 
-def test_one_pass_moves_memory_in_whole_vectors():
-    """Per step one load of x in two halves of a window, or x, its gradient's store and that of the
-    spikes.
-    """
-    planes = ahead.PLANES._replace(pool=True)
-    forward = ahead.stage_code(
-        "bn_dlif_forward", F32, 4, planes, absent=ahead.ABSENT["bn_dlif_forward"]
-    )
-    assert forward.loads == {128: 2 * 4, 64: 2, 32: 4}, "x, scale and offset, the gain"
-    assert forward.stores == {64: 4, 128: 2}, (
-        "half as many means in a row as neurons, and the last potential"
-    )
-    assert forward.barriers == 0
-    sums, gradient = (
-        ahead.stage_code(
-            "bn_dlif_backward",
-            F32,
-            4,
-            absent=(*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]),
-        )
-        for stage in ("sums", "gradient of x")
-    )
-    assert (sums.loads[128], sums.stores) == (3 * 4, {32: 4 + 2}), (
-        "for the gain, and two sums of the channel"
-    )
-    assert (gradient.loads[128], gradient.stores) == (3 * 4, {128: 4})
-    for code in (forward, sums, gradient):
-        assert "fma.rn.f32" not in code.ptx
-        for size in (
-            "x_row",
-            "x_row_again",
-            "neurons",
-            "window_row",
-        ):  # times a step they may pass 2**31
-            for line in code.ir.split("\n"):
-                if re.match(rf"\s*%\w+ = .*%{size}\b", line):
-                    assert "arith.extsi" in line
-    statistics = ahead.stage_code(
-        "bn_statistics", F16, 1, ahead.PLANES._replace(channels_last=True)
-    )
-    assert statistics.loads == {128: 2}, "the numbers to count from, and x"
-
-
-def test_one_pass_has_a_barrier_too():
-    absent = tuple(
-        {*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD["gradient of x"]} - {"checkpoints"}
-    )
-    ptx = ahead.stage_code("bn_dlif_backward", F32, 1, absent=absent, LATER=2, SEGMENT=1).ptx
-    before, _, after = ptx.partition("bar.sync")
-    assert "st.global" in before
-    assert after
-
-
 class Warmed:
     """A kernel that is compiled for its arguments where it would be launched."""
 
@@ -223,8 +150,8 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch,
         x = torch.zeros(steps, neurons)
         v = torch.zeros(neurons) if v_reset is None else None
         inputs = Inputs(x, torch.ones(steps), v, config(v_reset, "atan"))
-        backends.forward(triton_launch, inputs, v_reset is None)
-        backends.backward(triton_launch, inputs, OutputGradients(x, v), v_reset is None)
+        operator.forward(triton_launch, inputs, v_reset is None)
+        operator.backward(triton_launch, inputs, OutputGradients(x, v), v_reset is None)
     for kernel in vars(warmed).values():
         found = ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled]
         assert found == [
@@ -232,26 +159,3 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch,
             False,
             True,
         ]
-
-
-def test_what_the_launcher_of_one_pass_passes_compiles_too(monkeypatch, h100):
-    real = stage_launch._kernels()
-    names = ("bn_statistics", "bn_moments", "bn_dlif_forward", "bn_dlif_backward", "bn_finish")
-    warmed = SimpleNamespace(**{name: Warmed(getattr(real, name)) for name in names})
-    monkeypatch.setattr(stage_launch, "_kernels", lambda: warmed)
-    x = torch.zeros(2, 3, 16, 4, 4, dtype=BF16)
-    c = torch.ones(16)
-    gain = torch.ones(2)
-    layer = Layer(Inputs(x, gain, None, config()), Planes(16, 4, 4, False, True))
-    moments = stage_launch.moments(layer, NormTensors(c, c, None, None), 1e-5)
-    layer = layer._replace(moments=moments)
-    spikes = x[..., :2, :2].contiguous()
-    v = torch.zeros(3, 16, 4, 4)
-    sums = moments.new_empty(2, 16)
-    stage_launch.forward(layer, StageOutputs(spikes, v, None, None))
-    found = StageGradients(x, None, sums, gain)
-    stage_launch.backward(layer, StageOutputGradients(spikes, None, None, None), found, sums)
-    stage_launch.finish(sums, moments, 1e-5, 96)
-    for name, kernel in vars(warmed).items():
-        (compiled,) = kernel.compiled
-        assert "ld.global.v" in compiled.asm["ptx"] or name in ("bn_moments", "bn_finish")

@@ -1,34 +1,20 @@
-"""Batch norm, DLIF and pooling in Triton's interpreter, on the CPU, against the reference; see
-``cases.py``.
-
-``TRITON_INTERPRET=1 python -m ops.triton.stage_cases`` in ``tests/``; a number behind it adds so
-many calls at random.
-"""
+"""Calls of batch norm, DLIF and pooling that are compared with the reference."""
 
 import random
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from covering import pairwise
-from ops.calls import assert_equal, laid_out, quarters
-from ops.triton.cases import ROUNDING, run_all
-from torch import Tensor, nn
+from ops.calls import laid_out
+from ops.triton.cases import ROUNDING
+from torch import Tensor
 from torch.testing import assert_close
 
-from sj_robust.core.host import functional, layer
-from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.bn_dlif import layer as one_layer
-from sj_robust.ops.bn_dlif import triton_launch
-from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, fused_kernels
-from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.bn_dlif.repeated import repeat_step
-from sj_robust.ops.dlif import triton_launch as dlif
+from sj_robust.ops.bn_dlif.config import BatchNorm, repeat_step
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
 
 
 @dataclass(frozen=True)
@@ -122,9 +108,8 @@ class Call:
     always the same.
     """
 
-    def __init__(self, backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(self, backend: str, case: Case, dtype: torch.dtype) -> None:
         self.generator = torch.Generator().manual_seed(case.steps + len(case.shape))
-        self.device = device
         self.state = torch.promote_types(dtype, torch.float32)
         T = case.steps
         N, C, *plane = case.shape
@@ -188,15 +173,15 @@ class Call:
     def normal(self, *size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         """The next random numbers."""
         drawn = torch.randn(size, generator=self.generator)
-        return (mean + scale * drawn).to(self.device, self.state)
+        return (mean + scale * drawn).to(self.state)
 
 
-def check(case: Case, device: str = "cpu", *, backend: str = "triton") -> None:
+def check(case: Case, backend: str) -> None:
     """Against the reference in double precision; neurons bit by bit, given the currents that the
     kernel has found.
     """
-    found = Call(backend, case, case.dtype, device)
-    wanted = Call("reference", case, torch.float64, device)
+    found = Call(backend, case, case.dtype)
+    wanted = Call("reference", case, torch.float64)
     assert found.outputs[0].dtype == found.gradients[0].dtype == case.dtype
     seen = found.gradients[0].stride()[1:]
     assert seen == found.x.stride()[1:], "as x lies in memory"
@@ -239,116 +224,3 @@ def check_gradients(case: Case, found: Sequence[Tensor], wanted: Sequence[Tensor
             rtol=0.0 if i else rounding,
             atol=tolerance * float(expected.abs().max()),
         )
-
-
-def at_the_threshold(backend: str) -> None:
-    """Neurons whose potential meets it exactly fire, as in the reference."""
-    x = quarters(torch.float32).view(3, 1, 1, 8, 8)
-    options = {"average_pool": True, "decay": 0.5, "v_threshold": 1.0}
-    found, wanted = (
-        batch_norm_dlif_multi_step(x, None, torch.ones(3), backend=name, **options)
-        for name in ("triton", "reference")
-    )
-    assert_equal(found, wanted)
-
-
-def a_large_mean(backend: str) -> None:
-    """Sums of distances to a number nearby cancel nothing."""
-    generator = torch.Generator().manual_seed(0)
-    x = 1000 + 0.25 * torch.randn(3, 2, 2, 6, 6, generator=generator)
-    mean = torch.zeros(2)
-    variance = torch.ones(2)
-    norm = BatchNorm(None, None, mean, variance, use_batch_statistics=True, momentum=1.0)
-    batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, backend="triton")
-    wanted = x.double().transpose(0, 2).flatten(1)
-    assert_close(mean.double(), wanted.mean(1), rtol=1e-7, atol=0)
-    assert_close(variance.double(), wanted.var(1), rtol=1e-5, atol=0)
-
-
-@contextmanager
-def launched() -> Iterator[list[str]]:
-    """Names of the kernels that run meanwhile."""
-    names = []
-    launch = dlif.launch
-
-    def noted(kernel: Any, *arguments: Any, **options: Any) -> None:
-        names.append(kernel.fn.__name__)
-        launch(kernel, *arguments, **options)
-
-    dlif.launch = noted
-    try:
-        yield names
-    finally:
-        dlif.launch = launch
-
-
-def in_a_network(backend: str) -> None:
-    """A network that :func:`fuse` has changed runs in one pass and gives the numbers of the one
-    that it was.
-    """
-    launches = {
-        True: [
-            "bn_statistics",
-            "bn_moments",
-            "bn_dlif_forward",
-            "bn_dlif_backward",
-            "bn_finish",
-            "bn_dlif_backward",
-            "bn_moments",  # of the evaluation
-            "bn_dlif_forward",
-        ],
-        False: ["dlif_forward", "dlif_backward", "dlif_forward"],
-    }
-    results = []
-    for fused, expected in launches.items():
-        torch.manual_seed(0)
-        node = DLIFNode(2, tau=2.0, backend="triton")
-        net = nn.Sequential(layer.BatchNorm2d(2), node, layer.AvgPool2d(2))
-        functional.set_step_mode(net, "m")
-        if fused:
-            fuse(net)
-        x = torch.randn(2, 2, 2, 4, 4, requires_grad=True)
-        with launched() as names:
-            spikes = net(x)
-            (spikes * torch.randn_like(spikes)).sum().backward()
-            functional.reset_net(net)
-            with torch.no_grad():
-                evaluated = net.eval()(x)
-        assert names == expected
-        gradients = [parameter.grad for parameter in net.parameters()]
-        results.append([spikes, evaluated, x.grad, *gradients, *net.buffers()])
-    assert_close(*results)
-
-
-def what_runs_apart(backend: str) -> None:
-    """Nothing, layouts with gaps and wide numbers: auto takes several passes, the backend by name
-    says why.
-    """
-    norm = BatchNorm(None, None, torch.zeros(3), torch.ones(3), use_batch_statistics=False)
-    plain = torch.zeros(2, 2, 3, 4, 4)
-    refused = {
-        "x_seq is empty": plain[:, :0],
-        "contiguous or channels last": plain.transpose(3, 4),
-        "must be float32, float16 or bfloat16": plain.double(),
-    }
-    for reason, x in refused.items():
-        assert fused_kernels(x, norm, Surrogate(), backend="triton") is None
-        with pytest.raises(ValueError, match=f"backend='triton' cannot run this call: .*{reason}"):
-            batch_norm_dlif_multi_step(x, norm, torch.ones(2), decay=0.5, backend="triton")
-
-
-def main(more: int) -> None:
-    """Run them all; AssertionError with what differs."""
-    draw = random.Random(2)
-    chosen = cases() + [at_random(draw) for _ in range(more)]
-    # so that small layers have several tiles in a program of the statistics
-    triton_launch._PROGRAMS = 4
-    apart = [in_a_network, what_runs_apart]
-    fenced = [at_the_threshold, a_large_mean]
-    launchers = [one_layer, triton_launch]
-    run_all(chosen, check, fenced, apart, launchers, "triton")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

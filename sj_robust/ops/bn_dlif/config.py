@@ -1,16 +1,15 @@
-"""One call of batch norm, DLIF and pooling: constants, memory layout, functions of a backend."""
+"""One call of batch norm, DLIF and pooling: constants, memory layout, inputs and outputs."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import Inputs, Planes, state_dtype
-from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "Kernels",
+    "BatchNorm",
     "Layer",
     "NormTensors",
     "StageConfig",
@@ -19,7 +18,49 @@ __all__ = [
     "StageOutputs",
     "dense",
     "memory_format",
+    "repeat_step",
+    "repeated_step",
 ]
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """What ``torch.nn.functional.batch_norm`` takes besides its input; every tensor is [C] or None.
+
+    Args:
+        weight: Scale per channel, or None for 1.
+        bias: Offset per channel, or None for 0.
+        running_mean: Updated in place when batch statistics are used; needed when they are not.
+        running_var: As ``running_mean``.
+        use_batch_statistics: Whether mean and variance are those of this batch (training).
+        momentum: Share of this batch in the running statistics.
+        eps: Added to the variance.
+
+    Raises:
+        ValueError: If neither batch nor running statistics are there to use.
+
+    Examples:
+        >>> BatchNorm(None, None, None, None, use_batch_statistics=True).eps
+        1e-05
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    use_batch_statistics: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check that there are statistics to use."""
+        if not self.use_batch_statistics and (
+            self.running_mean is None or self.running_var is None
+        ):
+            raise ValueError(
+                "running_mean and running_var must be given when use_batch_statistics is False, "
+                "got None; pass them, or use_batch_statistics=True"
+            )
 
 
 @dataclass(frozen=True)
@@ -32,25 +73,17 @@ class StageConfig:
         eps: Added to the variance.
         average_pool: Whether spikes are averaged over 2x2 neurons.
         channels_last: Whether a time step is channels last in memory.
-        backend: Name of the kernels.
     """
 
     statistics: str | None
     eps: float
     average_pool: bool
     channels_last: bool
-    backend: str
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The constants as a registered operator takes them."""
-        return {
-            "statistics": self.statistics,
-            "eps": self.eps,
-            "average_pool": self.average_pool,
-            "channels_last": self.channels_last,
-            "backend": self.backend,
-        }
+        return vars(self)
 
     @property
     def layout(self) -> torch.memory_format:
@@ -185,38 +218,6 @@ class StageGradients(NamedTuple):
     v_init: Tensor | None = None
 
 
-class Kernels(Protocol):
-    """Functions that a backend provides."""
-
-    def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
-        """Why this call cannot run here, or None."""
-
-    def moments(self, layer: Layer, norm: NormTensors, eps: float) -> Tensor:
-        """Mean, variance, scale and offset of the batch norm per channel, [4, C] in float64."""
-
-    def forward(self, layer: Layer, outputs: StageOutputs) -> None:
-        """Compute the outputs, in place."""
-
-    def backward(
-        self,
-        layer: Layer,
-        grads: StageOutputGradients,
-        found: StageGradients,
-        slopes: Tensor | None = None,
-    ) -> None:
-        """Compute the gradients ``found`` from those of the outputs, in place."""
-
-    def finish(
-        self, sums: Tensor, moments: Tensor, eps: float, count: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias, [2, C], from the channel sums; and the slopes [2, C] by
-        which the statistics of a batch of ``count`` values per channel change the gradient of
-        ``x``.
-
-        ``count`` and the slopes are None for running statistics.
-        """
-
-
 def memory_format(x_seq: Tensor) -> torch.memory_format | None:
     """Memory format of every time step; None if it has gaps or an order that no kernel knows."""
     if x_seq[0].is_contiguous():
@@ -233,3 +234,37 @@ def dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
     if layout == torch.contiguous_format:
         return x_seq.contiguous()
     return x_seq.flatten(0, 1).contiguous(memory_format=layout).view(x_seq.shape)
+
+
+def repeat_step(x: Tensor, T: int) -> Tensor:
+    """Repeat one step over time without a copy; batch norm and DLIF in one pass return its gradient
+    alone.
+
+    Equation: ``x_seq[t] = x`` and ``grad x = sum_t grad x_seq[t]``, which otherwise would be
+    written out T times and read again. The gradient of the sequence itself is then never computed,
+    so a hook on that tensor is not called.
+
+    Args:
+        x: Currents of one step, [1, N, *].
+        T: Number of time steps.
+
+    Returns:
+        The sequence, [T, N, *].
+
+    Source: direct encoding of Ding et al. (ICML 2024), section 5, whose first current is the same
+        at every step.
+
+    Examples:
+        >>> import torch
+        >>> repeat_step(torch.zeros(1, 2, 3), 4).shape
+        torch.Size([4, 2, 3])
+    """
+    x_seq = x.expand(T, *x.shape[1:])
+    # a note that any operation on the tensor loses
+    x_seq.single_step = x  # type: ignore[attr-defined]
+    return x_seq
+
+
+def repeated_step(x_seq: Tensor) -> Tensor | None:
+    """The step that :func:`repeat_step` repeated, if this is its result."""
+    return getattr(x_seq, "single_step", None)
