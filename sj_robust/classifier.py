@@ -28,7 +28,6 @@ from sj_robust.core.convention import (
     find_convention,
     own_steps,
     step_mode_of,
-    untouched,
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import (
@@ -40,7 +39,7 @@ from sj_robust.core.host import (
     neuron,
     step_mode,
 )
-from sj_robust.core.preserved import one_thread_at_a_time
+from sj_robust.core.preserved import one_thread_at_a_time, preserved
 from sj_robust.neuron import DLIFNode, replace_neurons
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
@@ -367,7 +366,7 @@ class SpikingClassifier(nn.Module):
             # of numpy, since vmap refuses torch's
             drawn = np.random.default_rng(n).random((n, *images.shape[1:]))
             x = torch.from_numpy(drawn).to(images)
-            with untouched(self.encoder), from_reset(self.encoder, 0, images.device):
+            with preserved(self.encoder, "all"), from_reset(self.encoder, 0, images.device):
                 return self._frames(x, steps)
 
         return frames

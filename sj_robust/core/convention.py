@@ -1,25 +1,20 @@
 """Finds out by trial what a network takes and returns: images, sequences or single time steps."""
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import is_lazy
 
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import base, first_argument, from_reset, is_neuron
-from sj_robust.core.preserved import uncompiled
+from sj_robust.core.preserved import Snapshot, has_hooks, preserved, same
 
 __all__ = [
     "TAKES",
     "Convention",
-    "Snapshot",
     "Takes",
     "checked_logits",
     "find_convention",
@@ -27,7 +22,6 @@ __all__ = [
     "own_steps",
     "step_mode_of",
     "unreset",
-    "untouched",
 ]
 
 Takes = Literal["images", "sequence", "steps"]
@@ -39,7 +33,6 @@ _SEED = 0
 _ROUNDING = 1e-3  # of an image's logits, in float32; more in half precision
 _SPIKES_AT_THE_THRESHOLD = 0.1  # of the logits of many images, if most of them differ by none
 _MANY = 16
-_CONTAINERS = (dict, list, set)
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ def find_convention(
     """
     trial = _Trial(net=net, frames=frames, T=T, takes=takes)
     found = trial.result()
-    if not isinstance(found, Convention) and any(map(_has_hooks, net.modules())):
+    if not isinstance(found, Convention) and has_hooks(net):
         trial.hooks = True
         found = trial.result()
     if isinstance(found, Convention):
@@ -177,7 +170,7 @@ def kept_state(
         ()
     """
     call = model if run is None else run
-    with untouched(model, hooks=True) as kept:
+    with preserved(model, "all") as kept:
         return _state_in(kept, model, lambda: call(images), images.device, resets=resets)
 
 
@@ -347,7 +340,7 @@ class _Trial:
 
     def _kept_in(self, takes: Takes) -> ValueError | None:
         """The error that names a state which is not reset, if there is one."""
-        with untouched(self.net, hooks=self.hooks) as kept:
+        with preserved(self.net, "all", hooks=self.hooks) as kept:
             names = _state_in(kept, self.net, lambda: self._call(takes, 2), self.device)
         return unreset(self.net, names) if names else None
 
@@ -384,7 +377,7 @@ class _Trial:
 
     def _watched(self, call: Callable[[], object]) -> _Run:
         with (
-            untouched(self.net, hooks=self.hooks),
+            preserved(self.net, "all", hooks=self.hooks),
             from_reset(self.net, _SEED, self.device),
             _Watch(self.net) as watch,
             torch.inference_mode(False),
@@ -508,7 +501,7 @@ class _Trial:
         """Whether a second call gives the same as the first."""
         frame = self.frames(2, 1)[0]
         run = self._watched(lambda: [self.net(frame), self.net(frame)])
-        return isinstance(run.outputs, list) and _same(*run.outputs)
+        return isinstance(run.outputs, list) and same(*run.outputs)
 
     def _takes_steps(self, steps: int) -> bool:
         """Whether a sequence of so many steps is an input of the network."""
@@ -622,156 +615,6 @@ class _Watch:
         return frozenset(self._of_layers.values()) - {1}
 
 
-class _Kept:
-    """What a module holds, to be put back: attributes, what is in its containers, tensors."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.kind = type(module)
-        self.attributes = dict(vars(module))
-        held = (*module._parameters.values(), *module._buffers.values())
-        self.lazy: list[tuple[Any, type]] = []
-        for tensor in held:
-            if tensor is not None and is_lazy(tensor):
-                self.lazy.append((tensor, type(tensor)))
-        self.containers: list[tuple[Any, Any]] = []
-        for value in self.attributes.values():
-            if isinstance(value, _CONTAINERS):
-                self.containers.append((value, copy.copy(value)))
-        self.tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
-        for name, value in _values(self.attributes):
-            if _is_plain_tensor(value) and not is_lazy(value) and not value.is_inference():
-                self.tensors[name] = value, value._version, value.detach().clone()
-
-    def changed(self) -> Iterator[str]:
-        """Names of attributes that are not what they were, except for states of memory modules."""
-        now = vars(self.module)
-        inside = now.get("_memories", {})
-        for name, value in _values(now):
-            if name in inside or name in _HOOKS or name == "training":
-                continue
-            is_other_number = False
-            if isinstance(value, float | int):
-                is_other_number = value != self.attributes.get(name, value)
-            before = self.tensors.get(name)
-            if before is not None and value is before[0]:
-                tensor, version, _ = before
-                if tensor._version != version:
-                    yield name
-            elif _is_plain_tensor(value) or is_other_number:
-                yield name
-
-    def restore(self) -> None:
-        """Put it back; parameters that got their shape meanwhile have none again."""
-        if type(self.module) is not self.kind:  # a lazy module of torch becomes another
-            self.module.__class__ = self.kind
-        for value, kind in self.lazy:
-            if not is_lazy(value):
-                value.grad = None
-                value.data = torch.empty(0, device=value.device, dtype=value.dtype)
-                value.__class__ = kind
-        now = vars(self.module)
-        for name in now.keys() - self.attributes.keys():
-            del now[name]
-        now.update(self.attributes)
-        for container, content in self.containers:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
-        for tensor, version, value in self.tensors.values():
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(value)
-
-
-class Snapshot:
-    """What the modules of a network hold. 网络内容快照。"""
-
-    def __init__(self, net: object) -> None:
-        """Copy it."""
-        modules = dict(net.named_modules()) if isinstance(net, nn.Module) else {}
-        self._kept = {name: _Kept(module) for name, module in modules.items()}
-
-    def changed(self) -> tuple[str, ...]:
-        """Names of what is not as it was."""
-        names: list[str] = []
-        for name, kept in self._kept.items():
-            prefix = f"{name}." if name else ""
-            names += [prefix + attribute for attribute in kept.changed()]
-        return tuple(names)
-
-    def restore(self) -> None:
-        """Put all of it back."""
-        for kept in self._kept.values():
-            kept.restore()
-
-
-@contextmanager
-def untouched(net: object, *, hooks: bool = True) -> Iterator[Snapshot]:
-    """A network is as before afterwards; meanwhile it is not compiled, and calls ``hooks`` or not.
-
-    Hooks of ``torch.nn.utils``, such as those of weight norm, are part of what the network
-    computes and stay.
-    """
-    modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    snapshot = Snapshot(net)
-    try:
-        with uncompiled(net) if isinstance(net, nn.Module) else nullcontext():
-            for module in () if hooks else modules:
-                _remove_hooks(module)
-            yield snapshot
-    finally:
-        snapshot.restore()
-        # weights that autocast has cast without a graph would lose the caller's gradients
-        torch.clear_autocast_cache()
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-
-
-def _is_of_torch(hook: object) -> bool:
-    gives_shapes = getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
-    return gives_shapes or type(hook).__module__.startswith("torch.nn.utils")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks that are not torch's own."""
-    hooks: list[object] = []
-    for name in _HOOKS:
-        hooks += vars(module)[name].values()
-    return not all(map(_is_of_torch, hooks))
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Leave a module torch's own hooks alone."""
-    for name in _HOOKS:
-        hooks = vars(module)[name]
-        for key, hook in list(hooks.items()):
-            if not _is_of_torch(hook):
-                del hooks[key]
-
-
-def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Attributes and what is in their containers, by the name under which a user knows it."""
-    for name, value in attributes.items():
-        if name in ("_buffers", "_memories") and isinstance(value, dict):
-            yield from value.items()
-        elif isinstance(value, dict):
-            for key, kept in value.items():
-                yield f"{name}[{key!r}]", kept
-        elif isinstance(value, list):
-            for index, kept in enumerate(value):
-                yield f"{name}[{index}]", kept
-        else:
-            yield name, value
-
-
 def _state_in(
     kept: Snapshot,
     net: nn.Module,
@@ -786,7 +629,7 @@ def _state_in(
         start = from_reset(net if resets else None, _SEED, device)
         with start, torch.inference_mode(False), torch.no_grad():
             outputs.append(call())
-    if _same(*outputs):
+    if same(*outputs):
         return ()
     # Sums on a GPU may differ from run to run, which is no state.
     unseen = (type(net).__name__,) if device.type == "cpu" else ()
@@ -867,21 +710,3 @@ def _alike(a: Tensor, b: Tensor) -> Tensor:
     larger = torch.maximum(a.norm(dim=1), b.norm(dim=1))
     alike: Tensor = (a - b).norm(dim=1) <= share * larger
     return alike
-
-
-def _same(a: object, b: object) -> bool:
-    """Whether two outputs are equal, however they are nested; NaN equals NaN in tensors.
-
-    Objects of other classes cannot be looked into: two of one class count as equal.
-    """
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape:
-            return False
-        return bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, int | float | str):
-        return a == b
-    return type(a) is type(b)

@@ -16,9 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
-from sj_robust.core.convention import Takes, untouched
+from sj_robust.core.convention import Takes
 from sj_robust.core.host import is_neuron
-from sj_robust.core.preserved import full_precision
+from sj_robust.core.preserved import full_precision, preserved
 from sj_robust.defences import (
     EvolvingLeakNode,
     FrequencyEncoder,
@@ -206,8 +206,8 @@ def _try(built: nn.Module, spec: NetworkSpec) -> None:
     like = next(built.parameters(), torch.empty(0))
     try:
         classifier = _wrapped(built, spec)
-        with torch.no_grad(), full_precision(like.device), untouched(classifier):
-            classifier.eval()(_black(spec).to(like))
+        with torch.no_grad(), full_precision(like.device), preserved(classifier, "all"):
+            classifier(_black(spec).to(like))
     except Exception as error:
         raise _TrialError from error
 

@@ -19,10 +19,9 @@ from sj_robust.core.checks import (
     check_tensor,
     check_values,
 )
-from sj_robust.core.convention import Snapshot, kept_state, unreset
+from sj_robust.core.convention import kept_state, unreset
 from sj_robust.core.host import functional
-from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.random_numbers import RandomNumbers
+from sj_robust.core.preserved import RandomNumbers, Snapshot, evaluation_mode
 from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron, stated
 from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind

@@ -12,7 +12,7 @@ from torch import Tensor
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_logits
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import preserved, states_of_sources, sums_of_products
+from sj_robust.core.preserved import RandomNumbers, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.branching import Prover, Searched
@@ -199,10 +199,10 @@ class BatchProofs:
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
     """Logits of the network, if they are the same in so many runs and nothing is drawn."""
-    states = states_of_sources(model, images.device)
+    numbers = RandomNumbers(model, images.device)
     with torch.no_grad():
         logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
-    drawn = states_of_sources(model, images.device) != states
+    drawn = numbers.drawn()
     if drawn or any(not torch.equal(logits, other) for other in again):
         raise UnprovableError(
             "model must give the same logits in every forward, got one that draws random numbers "

@@ -33,14 +33,14 @@ from sj_robust.core.checks import (
 from sj_robust.core.console import working
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder, locked
-from sj_robust.core.preserved import evaluation_mode, uncompiled
+from sj_robust.core.preserved import evaluation_mode, seeded_network, uncompiled
 from sj_robust.data import ImageSplits, image_loader
 from sj_robust.data.checked import CheckedImages
 from sj_robust.data.stored import FileImages, StoredImages
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint
-from sj_robust.evaluation.run.identity import Answers, Identity, identify, seeded_sources
+from sj_robust.evaluation.run.identity import Answers, Identity, identify
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run
 from sj_robust.neuron.charging import NeuronKey, stated
@@ -460,7 +460,7 @@ def _digest_of_images(splits: ImageSplits, journal: Journal) -> str:
         with_images = _repeats(images)
         part: list[tuple[int, str]] = []
         with (
-            seeded_sources(None, 0, torch.device("cpu")),
+            seeded_network(None, 0, torch.device("cpu")),
             working("reading the images", journal.console, total=len(images)) as step,
         ):
             for index in range(len(images)):

@@ -14,7 +14,8 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier, evaluate, verify
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.preserved import seeded_network
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.defences import (
     EvolvingLeakNode,
     HomeostaticNode,
@@ -57,7 +58,7 @@ def images(n=4):
 
 
 def seeded(model, x, seed=0):
-    with seeded_globals(seed, x.device):
+    with seeded_network(None, seed, x.device):
         return model(x)
 
 

@@ -7,9 +7,8 @@ from sj_robust.attacks.logits import differ, differing
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.broadcast import along, beside
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import draws_numbers, preserved
+from sj_robust.core.preserved import draws_numbers, preserved, seeded_network
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
@@ -172,11 +171,11 @@ def _twice(value: Tensor) -> Tensor:
 
 def _draws(model: nn.Module, x: Tensor) -> bool:
     """Whether a forward draws random numbers, and goes on with others in the next one."""
-    with seeded_sources(model, 0, x.device), torch.no_grad():
+    with seeded_network(model, 0, x.device), torch.no_grad():
         model(x)
         return draws_numbers(model, x)
 
 
 def _logits(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-    with seeded_sources(model, seed, x.device):
+    with seeded_network(model, seed, x.device):
         return scored(model, x, y, seed=seed)

@@ -1,20 +1,16 @@
 """Checks that a network is the one with which an evaluation was started."""
 
 import json
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sj_robust.core.checks import check_logits
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import preserved
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import preserved, seeded_network
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import fingerprint, parts_of
@@ -26,7 +22,7 @@ from sj_robust.evaluation.run.progress import (
     read,
 )
 
-__all__ = ["Answers", "Identity", "check_copies", "identify", "network_key", "seeded_sources"]
+__all__ = ["Answers", "Identity", "check_copies", "identify", "network_key"]
 
 _PROBES = 4
 """Images of noise, and of the data, whose logits are compared."""
@@ -232,23 +228,6 @@ def check_copies(plain: Plain, data: Data) -> list[str]:
     return [f"What {name} keep of images is shared by copies of the network." for name in hooks]
 
 
-@contextmanager
-def seeded_sources(model: object, seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from a seed: torch's, those of generators that modules keep, numpy's and
-    Python's; all of them are as before afterwards.
-    """
-    of_numpy = np.random.get_state()  # noqa: NPY002  the global one, which a network may draw from
-    of_python = random.getstate()
-    try:
-        np.random.seed(seed % 2**32)  # noqa: NPY002  as above
-        random.seed(seed)
-        with seeded_network(model, seed, device):
-            yield
-    finally:
-        np.random.set_state(of_numpy)  # noqa: NPY002  as above
-        random.setstate(of_python)
-
-
 def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
     """The fingerprint used by the progress in the folder, and the differences from it."""
     if folder is None:
@@ -315,7 +294,7 @@ def _noise_like(images: Tensor, seed: int = 0) -> Tensor:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with preserved(model), torch.no_grad(), seeded_sources(model, 0, images.device):
+    with preserved(model), torch.no_grad(), seeded_network(model, 0, images.device):
         return _checked(model, images)
 
 
@@ -325,7 +304,7 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
         preserved(model),
         torch.inference_mode(False),
         torch.enable_grad(),
-        seeded_sources(model, 0, images.device),
+        seeded_network(model, 0, images.device),
     ):
         leaf = images.detach().clone().requires_grad_()
         logits = _checked(model, leaf)

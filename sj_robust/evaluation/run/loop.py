@@ -19,12 +19,11 @@ from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.core.environment import device_of, version_of
-from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.result import DIGITS, Kind, Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.fingerprint import description, fingerprint
-from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import Member, clock, crafted
 from sj_robust.evaluation.run.progress import (
     BatchLog,
@@ -530,7 +529,7 @@ def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str,
     """
 
     def with_equal_draws(images: Tensor) -> Tensor:
-        with seeded_sources(model, 0, x.device):
+        with seeded_network(model, 0, x.device):
             logits: Tensor = model(images)
         return logits
 
