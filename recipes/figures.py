@@ -60,8 +60,8 @@ class Options:
     - intensity: indicators and heat maps over eps.
     - ground_truth: exact robust accuracy of a small network.
     - joint: proofs by joint bounds.
-    - events: event frames before and after an attack, also as an animation, and the events that a
-    proof leaves open, for the --flips or --moves used in training.
+    - events: event frames before and after an attack, also as an animation, for the --flips or
+    --moves used in training.
     - all: every figure for which the folder has numbers, except the last three."""
     columns: list[str] | None = None
     """For the figure rho: columns to show, as shell patterns such as pgd20 or paper/*; None: the
@@ -310,7 +310,7 @@ def truth(options: Options, folder: Path) -> None:
 
 
 def events(options: Options, folder: Path) -> None:
-    """Event frames before and after an attack, and the events that a proof leaves open."""
+    """Event frames before and after an attack."""
     for subject in subjects(options):
         trained = subject.options
         if subject.spec is None or not subject.spec.frames:

@@ -451,7 +451,11 @@ WRONG = [
     ),
     *(
         Wrong((verify,), {"method": method}, rf"method must be one of ibp, .*, got {said}")
-        for method, said in {"crwon": r"'crwon'; did you mean 'crown'\?", "": "''", 1: "1"}.items()
+        for method, said in {
+            "jonit": r"'jonit'; did you mean 'joint'\?",
+            "crown": "'crown'",
+            1: "1",
+        }.items()
     ),
     Wrong(
         (verify,),

@@ -1,8 +1,8 @@
-"""Processor time of proofs per image: intervals, joint bounds, relaxation and branching.
+"""Processor time of proofs per image: intervals and joint bounds.
 
 Examples:
     OMP_NUM_THREADS=1 python docs/benchmarks/proofs.py
-    OMP_NUM_THREADS=1 python docs/benchmarks/proofs.py --rounds 3 --images 360 --few 32
+    OMP_NUM_THREADS=1 python docs/benchmarks/proofs.py --rounds 3 --images 360
 """
 
 import argparse
@@ -21,9 +21,6 @@ from sj_robust.models import NetworkSpec, build_classifier, pretrained
 from sj_robust.proofs import verify
 from sj_robust.proofs.batches import Method
 
-BUDGET = 0.1
-"""Time limit of branch and bound in seconds per image."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -39,11 +36,10 @@ def main() -> None:
     """Measure all rows in turns and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each row")
-    parser.add_argument("--images", type=int, default=360, help="test images of the fast methods")
-    parser.add_argument("--few", type=int, default=32, help="test images of crown and bab")
+    parser.add_argument("--images", type=int, default=360, help="test images of the digits")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*digits(options.images, options.few), vgg()]
+    rows = [*digits(options.images), vgg()]
     seconds: list[list[float]] = [[] for _ in rows]
     for _ in range(options.rounds):
         for row, times in zip(rows, seconds, strict=True):
@@ -61,7 +57,7 @@ def main() -> None:
     print(markdown_table(heads, lines, words=2))
 
 
-def digits(many: int, few: int) -> list[Row]:
+def digits(number: int) -> list[Row]:
     """Networks of the digits, on the first test images."""
     trained = pretrained("digits/dlif-at-mppd").eval()
     torch.manual_seed(0)
@@ -69,12 +65,10 @@ def digits(many: int, few: int) -> list[Row]:
     of_trained = partial(verified, "dlif-at-mppd, T = 4, eps 0.008", trained, 0.008)
     of_longer = partial(verified, "untrained LIF, T = 8, eps 0.004", longer, 0.004)
     return [
-        of_trained("ibp", many),
-        of_trained("joint", many),
-        of_longer("ibp", many),
-        of_longer("joint", many),
-        of_trained("crown", few),
-        of_trained("bab", few),
+        of_trained("ibp", number),
+        of_trained("joint", number),
+        of_longer("ibp", number),
+        of_longer("joint", number),
     ]
 
 
@@ -84,7 +78,7 @@ def verified(
     """One call of ``verify`` on so many test images."""
     test = load_images("digits").test
     x, y = next(iter(image_loader(test, number)))
-    call = partial(verify, model, x, y, eps, method=method, time_limit=BUDGET)
+    call = partial(verify, model, x, y, eps, method=method)
     return Row(network, method, call, number)
 
 

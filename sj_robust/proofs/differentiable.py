@@ -17,8 +17,8 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.logits import bounded_logits, bounded_neurons
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import EVENTS, Events
-from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]

@@ -222,14 +222,10 @@ def verify(
       step has a chain of possible spike trains; a potential is bounded as one sum over the steps
       since the last reset; the logits are bounded by spike counts. Operations that are not sums of
       spikes over time, such as max pooling, keep the intervals, and the result says where.
-    - ``"crown"``: a linear relaxation of every undecided spike with its reset, and bounds by
-      back-substitution.
-    - ``"bab"``: branch and bound over the undecided spikes, with the bounds of ``"crown"``.
-    - ``"mip"``: a mixed-integer program with one binary variable per undecided spike, for small
-      networks; needs scipy.
-
-    The last two run the network itself on the corners where their bounds are lowest, and mip also
-    on its solution; misclassified images are in ``x_adv`` of the result.
+    - ``"mip"``: a mixed-integer program with one binary variable per undecided spike and joint
+      bounds as its constants, for small networks; needs scipy. It also runs the network itself on
+      points along its own gradients and on solutions of the program; misclassified images are in
+      ``x_adv`` of the result.
 
     Args:
         model: A classifier in float32, without a stochastic encoder, which runs in evaluation mode;
@@ -246,10 +242,8 @@ def verify(
         norm: ``"Linf"``, ``"L0"`` for changed events, or ``"moves"`` for events moved in time.
         largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
         counts: For L0 and moves, whether frames hold numbers of events, and not 0 or 1.
-        method: "ibp", "joint", "crown", "bab" or "mip".
-        time_limit: Seconds per image for bab and mip; an image that needs more counts as unknown.
-            For bab they are converted into the number of operations that one core performs in that
-            time, so results do not depend on how busy the machine is.
+        method: "ibp", "joint" or "mip".
+        time_limit: Seconds per image for mip; an image that needs more counts as unknown.
         batch_size: Images at a time; memory grows with it, not with N.
         decay: Fraction of the potential kept per step by neurons whose dynamics are not known, as
             in ``sj_robust.MPPDMonitor``; their firing and reset must be those of a BaseNode.
@@ -287,7 +281,7 @@ def verify(
         >>> result.verified
         (True, False)
         >>> verify(
-        ...     model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab"
+        ...     model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="mip"
         ... ).broken
         (True,)
     """

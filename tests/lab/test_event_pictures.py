@@ -39,14 +39,11 @@ def test_counts_can_be_told_in_the_strip_and_the_animation(tmp_path):
         seen=[1, 0],
         clean=[[0, 0, 1, 1, 4.0], [0, 1, 2, 2, 1.0]],
         attacked=[[0, 0, 1, 1, 2.0], [0, 1, 2, 2, 2.0]],
-        falls=[[0, 0, 1, 1, 0.5], [1, 0, 3, 3, 0.1]],
-        open_values=[[0, 0, 1, 1, 1.0]],
         breaking=[[0, 0, 1, 1, 1.0]],
-        margin=-0.2,
     )
     figure = draw_events(data)
-    middle = figure.axes[2]
-    assert [text.get_text() for text in middle.texts] == ["2"]  # two of four events are gone
+    attacked = figure.axes[2]
+    assert [text.get_text() for text in attacked.texts] == ["2"]  # two of four events are gone
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[-1] == "breaks it alone"
     clean = figure.axes[0].images[0].get_array()

@@ -18,7 +18,7 @@ from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import DifferentiableBounds, batch_statistics
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.logits import bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
 
 

@@ -37,7 +37,7 @@ from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.differentiable_chains import Chains, ChainSums, Gates
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.spiking import Interval, RealSpiking
 from sj_robust.proofs.trains import Trains
 from sj_robust.proofs.windows import SpikeTrains

@@ -34,50 +34,36 @@ _MILLISECONDS = 700
 
 
 def draw_events(data: EventPictures) -> Figure:
-    """A column per frame: clean, attacked with what changed, and how far every change or move
-    lowers the bound: in orange what is open, in grey what is ruled out; a square marks where a
-    single one breaks the sample.
+    """A column per frame: clean, with a square where a single change or move breaks the sample, and
+    attacked, with what changed.
     """
     T = data.shape[0]
     shown = np.unique(np.linspace(0, T - 1, min(T, _FRAMES)).round().astype(int))
     wide = DOUBLE / max(4, len(shown))
     tall = wide * data.shape[2] / data.shape[3]
-    figure = Figure(figsize=(wide * len(shown) + 0.7, 3 * tall + 0.9), layout="constrained")
-    panels = figure.subplots(3, len(shown), squeeze=False)
+    figure = Figure(figsize=(wide * len(shown), 2 * tall + 0.9), layout="constrained")
+    panels = figure.subplots(2, len(shown), squeeze=False)
     clean, attacked = (_frames(part, data.shape) for part in (data.clean, data.attacked))
-    falls, is_open = (_frames(part, data.shape) for part in (data.falls, data.open_values))
     breaking = _frames(data.breaking, data.shape)
-    largest = max(float(falls.max()), 1e-12)
     most = max(1.0, float(clean.max()), float(attacked.max()))
     for column, t in enumerate(shown):
-        above, middle, below = panels[:, column]
+        above, below = panels[:, column]
         above.imshow(_coloured(clean[t], most), interpolation="nearest")
         above.set_title(f"frame {t + 1}", loc="center")
-        middle.imshow(_coloured(attacked[t], most), interpolation="nearest")
-        _mark(middle, clean[t] - attacked[t], "x", _BLACK, "gone")
-        _mark(middle, attacked[t] - clean[t], "o", _GREEN, "new")
-        heat = falls[t].max(0)
-        ruled_out = (heat > 0) & ~(is_open[t] > 0).any(0)
-        shown_heat = np.where(heat > 0, heat, np.nan)
-        image = below.imshow(
-            shown_heat, cmap="Oranges", vmin=0, vmax=largest, interpolation="nearest"
-        )
-        _mark(below, breaking[t], "s", _BLACK, "breaks it alone")
-        rest = np.where(ruled_out, heat, np.nan)
-        below.imshow(rest, cmap="Greys", vmin=-largest, vmax=largest, interpolation="nearest")
+        _mark(above, breaking[t], "s", _BLACK, "breaks it alone")
+        below.imshow(_coloured(attacked[t], most), interpolation="nearest")
+        _mark(below, clean[t] - attacked[t], "x", _BLACK, "gone")
+        _mark(below, attacked[t] - clean[t], "o", _GREEN, "new")
     for axes in panels.flat:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
     panels[0, 0].set_ylabel(f"clean: seen as {data.seen[0]}")
     panels[1, 0].set_ylabel(f"attacked: seen as {data.seen[1]}")
-    panels[2, 0].set_ylabel("orange: open; grey: ruled out")
-    figure.colorbar(image, ax=panels[2], shrink=0.8, label="fall of the bound")
-    handles = [*middle.get_legend_handles_labels()[0], *_patches()]
-    handles += below.get_legend_handles_labels()[0] if data.breaking else []
+    handles = [*below.get_legend_handles_labels()[0], *_patches()]
+    handles += above.get_legend_handles_labels()[0] if data.breaking else []
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
-    proved = "proved" if data.margin > 0 else "not proved"
-    figure.suptitle(f"{data.network}, {data.threat}: {proved}", fontsize=8)
+    figure.suptitle(f"{data.network}, {data.threat}", fontsize=8)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Event frames before and after an attack, and the events that a proof leaves open: numbers."""
+"""Event frames before and after an attack: numbers."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,8 @@ from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation.report.verdict import budget
 from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import EVENTS, Events, Moves
-from sj_robust.proofs.open_events import open_events
 from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
-
-_BOUNDED = 8
-"""Largest number of fooled samples that are bounded."""
 
 _TOGETHER = 256
 """Changed frames that are run together."""
@@ -27,9 +23,9 @@ Values = list[list[float]]
 
 @dataclass(frozen=True)
 class EventPictures(
-    SavedResult, what="the numbers of a figure", format="sj_robust.figure.events", version=2
+    SavedResult, what="the numbers of a figure", format="sj_robust.figure.events", version=3
 ):
-    """One sample of event frames, attacked, and what linear bounds leave open of it.
+    """One sample of event frames, attacked.
 
     Attributes:
         network: Name of the network.
@@ -39,11 +35,7 @@ class EventPictures(
         seen: The class that the network sees in the clean frames and in the attacked ones.
         clean: Number of events of every value that has some: frame, polarity, y, x and number.
         attacked: The same after the attack.
-        falls: How far a change or a move of each value lowers the bound of the lead, where it does:
-            frame, polarity, y, x and the fall; see :func:`sj_robust.proofs.open_events`.
-        open_values: Values that the bounds do not rule out, without a number.
         breaking: Values that break the sample by one change, or by one move, without a number.
-        margin: What the bounds say the right class leads by at least.
     """
 
     network: str
@@ -53,17 +45,13 @@ class EventPictures(
     seen: list[int]
     clean: Values
     attacked: Values
-    falls: Values
-    open_values: Values
     breaking: Values
-    margin: float
 
 
 def event_pictures(
     name: str, model: SpikingClassifier, x: Tensor, y: Tensor, threat: ThreatModel
 ) -> EventPictures:
-    """Among the samples that the attack fools, the one that bounds come closest to proving, or else
-    the first that is right.
+    """The first sample that the attack fools, or else the first that is right.
 
     Args:
         name: Name of the network.
@@ -87,11 +75,7 @@ def event_pictures(
     norm: NormName = "L0" if threat.norm == "L0" else "moves"
     ball = ball_of(norm, threat.eps, threat.largest_shift, counts=threat.counts)
     assert isinstance(ball, EVENTS)
-    fooled = (seen != y).nonzero().squeeze(1)[:_BOUNDED]
-    rows = fooled if len(fooled) else torch.tensor([0])
-    found = open_events(model, x[rows], y[rows], ball)
-    best = int(found.margin.argmax())
-    number = int(rows[best])
+    number = int((seen != y).int().argmax())
     sample, label = x[number], y[number]
     return EventPictures(
         network=name,
@@ -101,10 +85,7 @@ def event_pictures(
         seen=[int(label), int(seen[number])],
         clean=_values(sample),
         attacked=_values(x_adv[number]),
-        falls=_values(found.falls[best]),
-        open_values=_values(found.is_open[best].float()),
         breaking=_values(breaking_alone(model, sample, label, ball).float()),
-        margin=float(found.margin[best]),
     )
 
 

@@ -18,7 +18,7 @@ from sj_robust.ops.trains.config import StepBounds
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
 from sj_robust.proofs.trains import Trains, possible_trains

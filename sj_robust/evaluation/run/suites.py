@@ -150,7 +150,7 @@ def make_suite(
     | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), |
     | | APGD-CE training (100 x 1), APGD-T c1, c2 (3 classes x 100), |
     | | spike_search from their images (36,000 forwards), |
-    | | in Linf and for small networks a mixed-integer program (200 nodes per rival) |
+    | | in Linf and for small networks a mixed-integer program (300 nodes per rival) |
     | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |

@@ -11,16 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sj_robust.neuron.charging import Neuron
+from sj_robust.ops.trains.config import Constants
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.bounds import by_row, laid_out
-from sj_robust.proofs.branching import Prover
 from sj_robust.proofs.changes import Changes
+from sj_robust.proofs.joint import JointRun, LayerCall, OverTime
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.relaxation import Maps, RelaxedRun, Stage, Step
-from sj_robust.proofs.rounding import reset_rounding
+from sj_robust.proofs.opened import counts
+from sj_robust.proofs.points import Points
 from sj_robust.proofs.rules import Bounds, Pooling
+from sj_robust.proofs.spiking import Float32Spiking
+from sj_robust.proofs.windows import constants_of
 
-__all__ = ["Matrices", "mip", "witness"]
+__all__ = ["Programs"]
 
 _scipy = partial(scipy_module, wanted_by='method "mip"')
 
@@ -37,14 +42,33 @@ _CLEAR = 1e-5
 """How far a second attempt keeps potentials from the threshold and logits from a draw."""
 
 _OPEN = 128
-"""Undecided spikes of an image up to which :func:`witness` asks a program."""
+"""Undecided spikes of an image up to which :meth:`Programs.witness` asks a program."""
 
 
-def mip(
-    prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, time_limit: float
-) -> tuple[float, Tensor | None]:
-    """Lower bound of the lead of one image [1, *] (-inf if unknown), or an image of its box that is
-    classified wrong.
+@dataclass(frozen=True)
+class _Bounded:
+    """An image whose programs have joint bounds as their constants.
+
+    Attributes:
+        run: The run of its bounds.
+        error: How far float32's logits can be from the map of the leaves, [classes].
+        lead: What the right class leads by at least over each other one, [K].
+        weights: Weights on the logits that give these leads, [K, classes].
+    """
+
+    run: JointRun
+    error: Tensor
+    lead: Tensor
+    weights: Tensor
+
+    def open_rivals(self) -> list[Tensor]:
+        """Weights of the rivals that bounds leave open, the closest one first; NaN is no bound."""
+        numbers: list[int] = self.lead.argsort().tolist()
+        return [self.weights[k] for k in numbers if not self.lead[k] > 0]
+
+
+class Programs:
+    """Mixed-integer programs of the images of a network. 混合整数规划。
 
     Equation: for every rival k a program over the input in the box, a binary s per undecided spike,
     and v of every neuron and step that one may have reset, feasible if some input lets the rival
@@ -55,77 +79,100 @@ def mip(
         v between h (s = 0) and v_reset (s = 1), big-M from the bounds; soft: v = h - threshold s
         logit_y - logit_k <= error
 
-    The errors are those of float32 and a tolerance, so that what is infeasible is impossible for
-    the network that runs. A solution is tried on that network; if it does not fool it, a second
-    program keeps it clear of thresholds and draws.
+    The bounds are joint ones. The errors are those of float32 and a tolerance, so that what is
+    infeasible is impossible for the network that runs. A solution is tried on that network; if it
+    does not fool it, a second program keeps it clear of thresholds and draws.
 
     HiGHS computes in floating point, so that its "infeasible" is no proof. It is one if a tree of
     linear programs says so as well, by the multipliers of every leaf (:class:`_Tree`). A program
     with coefficients beyond 1e6 is not solved.
 
+    Args:
+        over_time: How the network treats time.
+        points: Points of the balls that are tried on it.
+
     Source: as Tjeng et al. (ICLR 2019) for ReLU networks; solved by HiGHS (Huangfu and Hall 2018).
     """
-    end = time.monotonic() + time_limit
-    run = prover.run(image, maps=prover.maps, end=end - time_limit / 2)
-    rivals = prover.rivals(run, image, label)
-    if rivals.broken:
-        return -torch.inf, rivals.broken[0]
-    weights = rivals.weights[0]
-    bounds = rivals.bounds[0]
-    proved = [value for value in bounds.tolist() if value > 0]
-    lead = min(proved, default=torch.inf)
-    for k in bounds.argsort().tolist():
-        if bounds[k] > 0:
-            continue
-        covered = _Program(run, matrices, _Covered()).of_rival(weights[k])
-        solution = covered.solve(end)
-        if solution.is_impossible and _Tree(covered).is_closed(end):
-            lead = min(lead, _TOLERANCE)
-            continue
-        fooling = _fooling(prover, image, label, solution)
-        if fooling is None and solution.point is not None:
-            clear = _Program(run, matrices, _Clear()).of_rival(weights[k])
-            fooling = _fooling(prover, image, label, clear.solve(end))
-        return -torch.inf, fooling
-    return lead, None
 
+    def __init__(self, over_time: OverTime, points: Points) -> None:
+        """No program is made yet."""
+        self._over_time = over_time
+        self._points = points
+        self._matrices = _Matrices(over_time.maps)
 
-def witness(
-    prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, nodes: int
-) -> Tensor | None:
-    """An image of the box of one image [1, *] that the network gets wrong; None if none was found.
+    def decided(
+        self, image: Tensor, label: Tensor, time_limit: float
+    ) -> tuple[float, Tensor | None]:
+        """Lower bound of the lead of one image [1, *] (-inf if unknown), or an image of its ball
+        that is classified wrong.
+        """
+        end = time.monotonic() + time_limit
+        found = self._points.broken(image, label)
+        if found is not None:
+            return -torch.inf, found
+        bounded = self._bounded(image, label)
+        proved = bounded.lead[bounded.lead > 0]
+        lead = float(proved.amin()) if len(proved) else torch.inf
+        for weights in bounded.open_rivals():
+            covered = self._program(bounded, _Covered(), weights)
+            solution = covered.solve(end)
+            if solution.is_impossible and _Tree(covered).is_closed(end):
+                lead = min(lead, _TOLERANCE)
+                continue
+            fooling = self._fooling(image, label, solution)
+            if fooling is None and solution.point is not None:
+                clear = self._program(bounded, _Clear(), weights)
+                fooling = self._fooling(image, label, clear.solve(end))
+            return -torch.inf, fooling
+        return lead, None
 
-    For every rival one program, that of :func:`mip` which keeps clear of thresholds and draws, with
-    at most so many nodes of its tree. It proves nothing.
-    """
-    run = prover.run(image)
-    rivals = prover.rivals(run, image, label)
-    if rivals.broken:
-        return rivals.broken[0]
-    weights = rivals.weights[0]
-    bounds = rivals.bounds[0]
-    for k in bounds.argsort().tolist():
-        if bounds[k] > 0:
-            break
-        program = _Program(run, matrices, _Clear()).of_rival(weights[k])
-        if len(program.binaries) > _OPEN:
-            break
-        fooling = _fooling(prover, image, label, program.solve(math.inf, nodes))
-        if fooling is not None:
-            return fooling
-    return None
+    def witness(self, image: Tensor, label: Tensor, nodes: int) -> Tensor | None:
+        """An image of the ball of one image [1, *] that the network gets wrong; None if none was
+        found.
 
-
-def _fooling(prover: Prover, image: Tensor, label: Tensor, solution: "_Solution") -> Tensor | None:
-    """The image of a solution, if there is one and the network classifies it wrong."""
-    if solution.point is None:
+        For every rival one program, that which keeps clear of thresholds and draws, with at most so
+        many nodes of its tree. It proves nothing.
+        """
+        found = self._points.broken(image, label)
+        if found is not None:
+            return found
+        bounded = self._bounded(image, label)
+        for weights in bounded.open_rivals():
+            program = self._program(bounded, _Clear(), weights)
+            if len(program.binaries) > _OPEN:
+                break
+            fooling = self._fooling(image, label, program.solve(math.inf, nodes))
+            if fooling is not None:
+                return fooling
         return None
-    values = solution.point[: image.numel()]
-    pixels = torch.as_tensor(values, device=image.device)
-    candidate = prover.solution(image, pixels.view(image.shape))
-    with torch.no_grad():
-        wrong = prover.logits(candidate).argmax(1) != label
-    return candidate if bool(wrong) else None
+
+    def _bounded(self, image: Tensor, label: Tensor) -> _Bounded:
+        """Joint bounds of one image [1, *]."""
+        maps = self._over_time.maps
+        run = JointRun(maps.neurons, 1, over_time=self._over_time)
+        logits = maps.bounded(run, image, self._points.eps)
+        every = torch.eye(logits.shape[1], dtype=torch.float64, device=image.device)
+        is_rival = every[label[0]] == 0
+        lead = -run.lead(logits, label)[0]
+        weights = every[label] - every
+        return _Bounded(run, error=logits.error[0], lead=lead[is_rival], weights=weights[is_rival])
+
+    def _program(
+        self, bounded: _Bounded, rounding: "_Rounding", weights: Tensor
+    ) -> "_Inequalities":
+        """The program of one rival."""
+        return _Program(bounded, self._matrices, rounding).of_rival(weights)
+
+    def _fooling(self, image: Tensor, label: Tensor, solution: "_Solution") -> Tensor | None:
+        """The image of a solution, if there is one and the network classifies it wrong."""
+        if solution.point is None:
+            return None
+        values = solution.point[: image.numel()]
+        pixels = torch.as_tensor(values, device=image.device)
+        candidate = self._points.solution(image, pixels.view(image.shape))
+        with torch.no_grad():
+            wrong = self._points.logits(candidate).argmax(1) != label
+        return candidate if bool(wrong) else None
 
 
 class _Rounding(ABC):
@@ -437,9 +484,10 @@ class _Program:
     undecided spikes, and potentials that a reset may or may not have changed.
     """
 
-    def __init__(self, run: RelaxedRun, matrices: "Matrices", rounding: _Rounding) -> None:
+    def __init__(self, bounded: _Bounded, matrices: "_Matrices", rounding: _Rounding) -> None:
         """Variables and constraints of the network; the rival is added by :meth:`of_rival`."""
-        self.run = run
+        self.bounded = bounded
+        self.run = run = bounded.run
         self.rounding = rounding
         self.size = 0
         self.columns: list[_Columns] = []
@@ -453,18 +501,19 @@ class _Program:
             self.leaves[0] = self.variables(centre - radius, centre + radius)
         else:
             self.leaves[0] = self._changed(run.changed, centre)
-        self.later = _undecided_later(run)
-        for number, stage in enumerate(run.stages):
+        self.layers = {name: _Layer.of(run, name) for name in run.neurons}
+        for number, call in enumerate(run.layer_calls):
             current = self.through(matrices.of(run, number))
-            if stage.neuron is not None:
-                self._neurons(number, stage, current)
-            elif stage.pooling is None or stage.pooling is torch.relu:
+            if isinstance(call.by, Neuron) and counts(call.by) is None:
+                self._neurons(self.layers[call.by.name], call, current)
+            elif isinstance(call.by, Neuron) or call.by.pooling in (None, torch.relu):
                 raise NotImplementedError(
                     "no program is known for a network with ReLU, products or other functions; "
-                    "use the method ibp, joint, crown or bab"
+                    "use the method ibp or joint"
                 )
             else:
-                self._pooled(stage, stage.pooling, current, matrices.windows(run, number))
+                windows = matrices.windows(number, call, call.by.pooling)
+                self._pooled(call, call.by.pooling, current, windows)
         self.logits = self.through(matrices.of(run, -1))
 
     def _changed(self, frames: Bounds, values: Any) -> _Affine:
@@ -552,7 +601,7 @@ class _Program:
         on_columns = on_logits @ _wide(self.logits.matrix, self.size)
         costs = np.asarray(on_columns).ravel()
         shift = float(on_logits @ self.logits.shift)
-        errors = weights.abs() * self.run.error[0]
+        errors = weights.abs() * self.bounded.error
         error = float(errors.sum())
         lower = np.concatenate([part.lower for part in self.columns])
         upper = np.concatenate([part.upper for part in self.columns])
@@ -639,36 +688,29 @@ class _Program:
         """An inequality that holds for the sum of exact values."""
         self.at_most(values.through(_ones(len(values.shift))), upper)
 
-    def _neurons(self, number: int, stage: Stage, current: _Affine) -> None:
+    def _neurons(self, layer: "_Layer", call: LayerCall, current: _Affine) -> None:
         """Spikes and potentials of a call of a spiking layer."""
-        assert stage.neuron is not None
-        name = stage.neuron.name
-        count = stage.steps[0].lower[0].numel()
-        error = _flat(stage.current.error).reshape(len(stage.steps), count)
+        errors = _flat(call.current.error)
         spikes = []
-        for t, step in enumerate(stage.steps):
-            rounding = _flat(step.error) + abs(step.gain) * error[t]
-            first = t * count
-            own = current.at(slice(first, first + count))
-            charged = self._charged(stage, step, own, rounding)
-            fires = _flat(step.fires) > 0
-            quiet = _flat(step.quiet) > 0
-            is_open = fires & quiet
-            open_ones = np.flatnonzero(is_open)
-            spike = self._spike(fires & ~quiet, open_ones)
-            self._open_spikes(stage, step, charged, spike, rounding, open_ones)
+        for first in range(0, len(errors), layer.count):
+            own = slice(first, first + layer.count)
+            step = layer.steps[call.first + first // layer.count]
+            rounding = step.rounding + abs(step.gain) * errors[own]
+            charged = self._charged(layer, step, current.at(own), rounding)
+            open_ones = np.flatnonzero(step.is_open)
+            spike = self._spike(step.sure, open_ones)
+            self._open_spikes(layer, step, charged, spike, rounding, open_ones)
             spikes.append(spike)
-            kept = np.flatnonzero(is_open & self.later[number, t])
-            self.potentials[name] = self._after_reset(stage, step, charged, spike, kept)
-        self.leaves[stage.leaf] = _stacked(spikes, self.size)
+            layer.potential = self._after_reset(layer, step, charged, spike)
+        self.leaves[call.leaf] = _stacked(spikes, self.size)
 
-    def _charged(self, stage: Stage, step: Step, current: _Affine, rounding: Any) -> _Affine:
+    def _charged(self, layer: "_Layer", step: "_Step", current: _Affine, rounding: Any) -> _Affine:
         """The charged potentials h of a step."""
-        assert stage.neuron is not None
-        at_rest = self.constant(np.full(len(rounding), stage.rest))
-        before = self.potentials.get(stage.neuron.name, at_rest)
-        charged = current.times(step.gain).plus(before.times(stage.decay))
-        towards_rest = (1.0 - stage.decay) * stage.rest
+        at_rest = self.constant(np.full(len(rounding), layer.constants.rest))
+        before = at_rest if layer.potential is None else layer.potential
+        decay = layer.constants.decay
+        charged = current.times(step.gain).plus(before.times(decay))
+        towards_rest = (1.0 - decay) * layer.constants.rest
         return charged.moved(towards_rest, self.rounding.slack(rounding))
 
     def _spike(self, sure: Any, open_ones: Any) -> _Affine:
@@ -678,8 +720,8 @@ class _Program:
 
     def _open_spikes(
         self,
-        stage: Stage,
-        step: Step,
+        layer: "_Layer",
+        step: "_Step",
         charged: _Affine,
         spike: _Affine,
         rounding: Any,
@@ -693,10 +735,10 @@ class _Program:
         """
         h = charged.at(open_ones)
         s = spike.at(open_ones)
-        low, high = _ends(step, open_ones)
-        below, above = stage.around
-        reached = self.rounding.reached(below, rounding[open_ones])
-        missed = self.rounding.missed(above, rounding[open_ones])
+        low = step.low[open_ones]
+        high = step.high[open_ones]
+        reached = self.rounding.reached(layer.constants.below, rounding[open_ones])
+        missed = self.rounding.missed(layer.constants.above, rounding[open_ones])
         rise = np.maximum(reached - low, 0.0)
         room = np.maximum(high - missed, 0.0)
         self.at_least(h.plus(s.times(-rise)), low)
@@ -704,27 +746,26 @@ class _Program:
         self.at_most(h.plus(s.times(-room)), nearly_low)
 
     def _after_reset(
-        self, stage: Stage, step: Step, charged: _Affine, spike: _Affine, kept: Any
+        self, layer: "_Layer", step: "_Step", charged: _Affine, spike: _Affine
     ) -> _Affine:
-        """Potentials after the reset; right for decided spikes, and for the ``kept`` ones."""
-        low, high = _ends(step, slice(None))
-        size = np.maximum(np.abs(low), np.abs(high))
-        rounding = reset_rounding(size, stage.rest, stage.threshold)
-        slack = np.broadcast_to(self.rounding.slack(rounding), size.shape)
-        if stage.soft:
-            lowered = charged.plus(spike.times(-stage.threshold))
+        """Potentials after the reset; right for decided spikes, and for those that matter."""
+        constants = layer.constants
+        size = np.maximum(np.abs(step.low), np.abs(step.high))
+        slack = np.broadcast_to(self.rounding.slack(constants.of_reset(size)), size.shape)
+        if constants.soft:
+            lowered = charged.plus(spike.times(-constants.threshold))
             return lowered.moved(0.0, slack)
-        silent = 1.0 * (_flat(step.fires) == 0)
-        after_spikes = (1.0 - silent) * stage.rest
-        decided = charged.times(silent).moved(after_spikes, slack)
+        decided = charged.times(1.0 - step.possible)
+        decided = decided.moved(step.possible * constants.rest, slack)
+        kept = np.flatnonzero(step.is_open & step.open_later)
         others = np.ones(len(size))
         others[kept] = 0.0
         h = charged.at(kept).moved(0.0, slack[kept])
-        undecided = self._hard_reset(stage.rest, step, h, spike.at(kept), slack[kept], kept)
+        undecided = self._hard_reset(constants.rest, step, h, spike.at(kept), slack[kept], kept)
         return decided.times(others).plus(_spread(undecided, kept, len(size)))
 
     def _hard_reset(
-        self, rest: float, step: Step, h: _Affine, s: _Affine, slack: Any, kept: Any
+        self, rest: float, step: "_Step", h: _Affine, s: _Affine, slack: Any, kept: Any
     ) -> _Affine:
         """New columns v of potentials that are h where there is no spike, and rest where there is.
 
@@ -732,7 +773,8 @@ class _Program:
 
             -above s <= v - h <= below s,    -below (1 - s) <= v - rest <= above (1 - s)
         """
-        low, high = _ends(step, kept)
+        low = step.low[kept]
+        high = step.high[kept]
         above = np.maximum(high - rest, 0.0)
         below = np.maximum(rest - low, 0.0)
         v = self.variables(
@@ -749,23 +791,23 @@ class _Program:
         return v
 
     def _pooled(
-        self, stage: Stage, pooling: Pooling, current: _Affine, windows: "_Windows"
+        self, call: LayerCall, pooling: Pooling, current: _Affine, windows: "_Windows"
     ) -> None:
         """Maxima: no input of a window is above its maximum, and one, which a binary chooses, is
         equal to it.
         """
-        lowest = _flat(pooling(stage.current.lower))
-        highest = _flat(pooling(stage.current.upper))
+        lowest = _flat(pooling(call.current.lower))
+        highest = _flat(pooling(call.current.upper))
         maxima = self.variables(lowest - _TOLERANCE, highest + _TOLERANCE)
-        self.leaves[stage.leaf] = maxima
-        error = _flat(stage.current.error)
+        self.leaves[call.leaf] = maxima
+        error = _flat(call.current.error)
         values = current.moved(0.0, self.rounding.slack(error))
         inputs = windows.inputs
         outputs = windows.outputs
         count = len(inputs)
         chosen = self.binaries(count)
         above = maxima.at(outputs).minus(values.at(inputs))
-        low = _flat(stage.current.lower)[inputs]
+        low = _flat(call.current.lower)[inputs]
         room = np.maximum(highest[outputs] - low, 0.0)
         self.at_least(above, -_TOLERANCE)
         self.at_most(above.plus(chosen.times(room)), room + _TOLERANCE)
@@ -773,29 +815,79 @@ class _Program:
         self.at_least(chosen.through(of_each), 1.0)
 
 
-def _ends(step: Step, rows: Any) -> tuple[Any, Any]:
-    """Smallest and largest charged potentials of some neurons in one step."""
-    low = _flat(step.lower)[rows] - _TOLERANCE
-    high = _flat(step.upper)[rows] + _TOLERANCE
-    return low, high
+@dataclass(frozen=True)
+class _Step:
+    """Joint bounds of one step of a spiking layer, each [neurons].
+
+    Attributes:
+        gain: Gain of the current.
+        low: Smallest charged potential h, less a tolerance.
+        high: Largest, likewise.
+        sure: Whether there is a spike for sure, 0 or 1.
+        possible: Whether there may be one.
+        rounding: How far float32's h can be from the charge equation with the current that float32
+            gives.
+        open_later: Whether a later spike is undecided.
+    """
+
+    gain: float
+    low: Any
+    high: Any
+    sure: Any
+    possible: Any
+    rounding: Any
+    open_later: Any
+
+    @property
+    def is_open(self) -> Any:
+        """Which spikes are undecided."""
+        return self.sure != self.possible
 
 
-def _undecided_later(run: RelaxedRun) -> dict[tuple[int, int], Any]:
-    """By stage and step, whether a neuron has an undecided spike in a later step."""
-    later: dict[str, Any] = {}
-    found = {}
-    for number in reversed(range(len(run.stages))):
-        stage = run.stages[number]
-        if stage.neuron is None:
-            continue
-        for t in reversed(range(len(stage.steps))):
-            step = stage.steps[t]
-            undecided = _flat(step.fires & step.quiet) > 0
-            nothing = np.zeros(len(undecided), dtype=bool)
-            after = later.get(stage.neuron.name, nothing)
-            found[number, t] = after
-            later[stage.neuron.name] = after | undecided
-    return found
+@dataclass
+class _Layer:
+    """A spiking layer in a program.
+
+    Attributes:
+        constants: Its numbers.
+        steps: Bounds of its steps over all calls.
+        potential: Its potential so far; None before the first step.
+    """
+
+    constants: Constants
+    steps: list[_Step]
+    potential: _Affine | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of neurons."""
+        return len(self.steps[0].low)
+
+    @classmethod
+    def of(cls, run: JointRun, name: str) -> "_Layer":
+        """A layer as the run of one image has bounded it."""
+        memory = run.memories[name]
+        spiking = Float32Spiking(run.neurons[name], run.layers[name])
+        constants = constants_of(spiking, len(memory.steps))
+        steps: list[_Step] = []
+        open_later: Any = False
+        for t in reversed(range(len(memory.steps))):
+            kept = memory.steps[t]
+            gain = constants.gains[t]
+            before = memory.steps[t - 1].v.size() if t else abs(constants.rest)
+            size = before + abs(gain) * memory.rounded[t].size() + abs(constants.rest)
+            step = _Step(
+                gain=gain,
+                low=_flat(kept.h.low) - _TOLERANCE,
+                high=_flat(kept.h.high) + _TOLERANCE,
+                sure=_flat(kept.spikes.low),
+                possible=_flat(kept.spikes.high),
+                rounding=_flat(constants.of_charge(size)),
+                open_later=open_later,
+            )
+            open_later = open_later | step.is_open
+            steps.insert(0, step)
+        return cls(constants, steps)
 
 
 def _wide(matrix: Any, size: int) -> Any:
@@ -855,7 +947,7 @@ class _Windows:
     inputs: Any
 
 
-class Matrices:
+class _Matrices:
     """The affine maps as sparse matrices, made once for a network."""
 
     def __init__(self, maps: Maps) -> None:
@@ -864,21 +956,21 @@ class Matrices:
         self._affine: dict[int, _Map] = {}
         self._windows: dict[int, _Windows] = {}
 
-    def of(self, run: RelaxedRun, number: int) -> _Map:
-        """The map to the current of a stage; -1 is that to the logits."""
+    def of(self, run: JointRun, number: int) -> _Map:
+        """The map to the current of a call; -1 is that to the logits."""
         if number not in self._affine:
             self._affine[number] = self._map(run, number)
         return self._affine[number]
 
-    def windows(self, run: RelaxedRun, number: int) -> _Windows:
+    def windows(self, number: int, call: LayerCall, pooling: Pooling) -> _Windows:
         """Windows of a max pooling, of all time steps."""
         if number not in self._windows:
-            self._windows[number] = _windows_of(run.stages[number], run.samples)
+            self._windows[number] = _windows_of(call.current.centre.detach(), pooling)
         return self._windows[number]
 
-    def _map(self, run: RelaxedRun, number: int) -> _Map:
+    def _map(self, run: JointRun, number: int) -> _Map:
         """The map, as many rows at a time as fit."""
-        batch_dim = 0 if number < 0 else run.stages[number].batch_dim
+        batch_dim = 0 if number < 0 else run.layer_calls[number].batch_dim
         shift = by_row(self._maps.shift(number, 1), 1, batch_dim)
         size = shift.numel()
         fit = max(1, min(size, self._maps.rows_that_fit()))
@@ -900,19 +992,18 @@ class Matrices:
         return _Map(of_leaves, _flat(shift))
 
 
-def _windows_of(stage: Stage, samples: int) -> _Windows:
-    """Windows from which of a frame's inputs alone each of its outputs is 1, for every frame."""
-    assert stage.pooling is not None
-    part = stage.current.centre.detach()
-    frames = part.shape[0] // samples
+def _windows_of(part: Tensor, pooling: Pooling) -> _Windows:
+    """Windows from which of a frame's inputs alone each of its outputs is 1, for every frame of one
+    sample.
+    """
     size = part[0].numel()
     units = torch.eye(size, dtype=torch.float64, device=part.device)
     of_inputs = units.view(size, *part.shape[1:])
-    pooled = stage.pooling(of_inputs).flatten(1)
+    pooled = pooling(of_inputs).flatten(1)
     pairs = pooled.nonzero().cpu().numpy()
     inputs = pairs[:, 0]
     outputs = pairs[:, 1]
-    steps = np.arange(frames)[:, None]
+    steps = np.arange(len(part))[:, None]
     return _Windows(
         outputs=(outputs + steps * pooled.shape[1]).ravel(),
         inputs=(inputs + steps * size).ravel(),
