@@ -105,7 +105,7 @@ def find_convention(
         for reading in takes if surely else trial.order():
             if reading in takes and (found := trial.fits(reading, surely=surely)) is not None:
                 return found
-    raise trial.problems[0]
+    raise trial.problem()
 
 
 def checked_logits(outputs: object, images: int, T: int | None = None) -> Tensor:
@@ -202,7 +202,8 @@ class _Trial:
         self.T = own_steps(net) if T is None else T
         self.hooks = hooks
         self.device = device_of(net)
-        self.problems: list[Exception] = []
+        self._telling: list[Exception] = []
+        self._raised: list[Exception] = []
 
     def order(self) -> list[Takes]:
         """The ways to be tried: that of the step mode, and of images which it repeats itself."""
@@ -219,22 +220,25 @@ class _Trial:
     def fits(self, takes: Takes, *, surely: bool) -> Convention | None:
         """How the network is called, if it fits; ``surely`` if the caller says so."""
         images = 3 if self.T == 2 else 2  # no dimension is taken for another
+        T: int | None = None
         try:
             run = self._run(takes, images)
             if takes == "images":
                 more = self._run(takes, 4 if self.T == 3 else images + 1)
                 T = self._steps_of_images(run, more, surely=surely)
-            else:
-                T = self._steps_of_frames(takes, run, surely=surely)
+            elif self.T is not None and self._fits_frames(takes, run, surely=surely):
+                T = self.T
         except Exception as error:  # somebody else's code raises anything
-            self.problems.append(error if self.T is not None else self._without_steps(error))
+            self._raised.append(error)
+            return None
+        if T is None:
             return None
         outputs = run.outputs if isinstance(run.outputs, list) else [run.outputs]
         for output in outputs:
             form = _form(output, images, None if takes == "steps" else T)
             if form is None:
                 wrong = _wrong_outputs(output, images, T, " (on trial images)")
-                self.problems.insert(0, ValueError(wrong))
+                self._telling.append(ValueError(wrong))
                 return None
         kept = self.kept_in(takes, T)
         if kept is not None:
@@ -242,50 +246,66 @@ class _Trial:
         found = Convention(takes, form or "logits", T)
         return replace(found, takes_sequences=self._takes_sequences(found, run))
 
-    def _steps_of_frames(self, takes: Takes, run: "_Run", *, surely: bool) -> int:
-        """T, if the neurons ran T steps."""
+    def _fits_frames(self, takes: Takes, run: "_Run", *, surely: bool) -> bool:
+        """Whether the neurons ran T steps."""
         assert self.T is not None  # these are tried with a known number
         fits = run.lengths == [1] * self.T
         if takes == "sequence":
             fits = set(run.lengths) == {self.T} or sum(run.lengths) == self.T
-        if not surely and run.lengths and not fits:
-            self._refuse_steps(sum(run.lengths) // (self.T if takes == "steps" else 1))
-        return self.T
+        if surely or not run.lengths or fits:
+            return True
+        self._note_steps(sum(run.lengths) // (self.T if takes == "steps" else 1))
+        return False
 
-    def _steps_of_images(self, run: "_Run", more: "_Run", *, surely: bool) -> int:
-        """Time steps of one call with images."""
+    def _steps_of_images(self, run: "_Run", more: "_Run", *, surely: bool) -> int | None:
+        """Time steps of one call with images; None if they cannot be told, or are not T."""
         steps, own = sum(run.lengths), own_steps(self.net)
         if not run.lengths:
             of_outputs = 0
             if isinstance(run.outputs, Tensor) and run.outputs.ndim == 3:
                 of_outputs = len(run.outputs)
             return of_outputs or self.T or max(run.layers, default=1)
-        several_steps = steps > 1 or self.T == 1
-        # Layers that run once around a neuron that runs often are a loop or places of the neuron.
-        is_loop = own is not None or max(run.layers, default=1) > 1 or max(run.lengths) > 1
-        if steps != sum(more.lengths) or not several_steps or not (is_loop or surely or steps == 1):
-            raise ValueError(
-                f"it is not clear how many of {steps} calls of a neuron are time steps"
+        if steps != sum(more.lengths) or (steps == 1 and self.T != 1):
+            return None  # images taken for time steps, or one step of several
+        if surely or (own is not None and own == self.T and steps % own == 0):
+            return self.T or steps
+        if steps > 1 and max(run.lengths) == max(run.layers, default=1) == 1:
+            return None  # a loop over a neuron, or several places of it
+        if self.given not in (None, steps):
+            self._note_steps(steps)
+            return None
+        return steps
+
+    def _note_steps(self, steps: int) -> None:
+        self._telling.append(
+            ValueError(
+                f"T must be the network's own or None: it runs {steps} steps itself, got "
+                f"T={self.given}; omit T, or build the network for T={self.given}; if a neuron "
+                "stands in several places, pass takes= to SpikingClassifier, one of "
+                f"{', '.join(TAKES)}"
             )
-        if self.given is not None and not surely and self.given not in (own, steps):
-            self._refuse_steps(steps)
-        return self.T or steps
+        )
 
-    def _without_steps(self, error: Exception) -> ValueError:
+    def problem(self) -> Exception:
+        """Why it fits in no way."""
+        name = type(self.net).__name__
+        if self._telling:
+            return self._telling[0]
+        if self.T is None:
+            raised = [f"{type(error).__name__}: {error}" for error in self._raised]
+            cause = f" (with images, it raises {raised[0]})" if raised else ""
+            return ValueError(
+                f"T must be given for a bare network ({name}), got None; it is the number of time "
+                f"steps, such as T=4 (--T 4){cause}"
+            )
+        modes = [step_mode(module) for module in self.net.modules() if is_neuron(module)]
+        if self._raised and not (step_mode_of(self.net) == "s" and "m" in modes):
+            return self._raised[0]
         return ValueError(
-            f"T must be given for a bare network ({type(self.net).__name__}), got None; it is the "
-            "number of time steps, such as T=4 (--T 4) (with images, it raises "
-            f"{type(error).__name__}: {error})"
+            f"T must be the number of steps that the neurons of the network ({name}) run, got "
+            f"{self.given}; put all layers into one step mode with functional.set_step_mode(net, "
+            f"'m'), or pass takes= to SpikingClassifier, one of {', '.join(TAKES)}"
         )
-
-    def _refuse_steps(self, steps: int) -> None:
-        error = ValueError(
-            f"T must be the network's own or None: it runs {steps} steps itself, got "
-            f"T={self.given}; omit T, or build the network for T={self.given}; if a neuron stands "
-            f"in several places, pass takes= to SpikingClassifier, one of {', '.join(TAKES)}"
-        )
-        self.problems.insert(0, error)
-        raise error
 
     def _takes_sequences(self, found: Convention, run: "_Run") -> bool:
         """Whether sequences of T steps, and of one and of two, are inputs with the same logits."""
