@@ -89,8 +89,8 @@ class SpikingClassifier(nn.Module):
         TypeError: If ``net`` is not a network, T is not an integer, mean or std are not numbers, or
             the images are not floating point.
         ValueError: If an argument, the shape of the images or of the network's output does not fit,
-            images and weights differ in device or dtype, the network can be called in several ways
-            that give different logits, or it keeps a state that is not reset.
+            images and weights differ in device or dtype, the network does not run T steps, or it
+            keeps a state that is not reset.
 
     Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
 

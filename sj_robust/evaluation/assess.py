@@ -35,7 +35,7 @@ from sj_robust.evaluation.run.estimator_search import (
     search_estimators,
     short_attack,
 )
-from sj_robust.evaluation.run.identity import check_copies, identify, network_key
+from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled, refused
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
@@ -120,7 +120,6 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     plan = suite()
     key = network_key(model, data, request.folder)
     parts = _Parts(subject, data, request, draws, key)
-    shared = [] if parts.plain is None else check_copies(parts.plain, data)
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))
@@ -161,7 +160,6 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         potential=tuple({name: row[name] for name in shown} for row in potential),
         warnings=(
             *subject.remarks,
-            *shared,
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),

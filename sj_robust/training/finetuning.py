@@ -31,6 +31,7 @@ from sj_robust.core.checks import (
     check_switch,
 )
 from sj_robust.core.console import working
+from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder, locked
 from sj_robust.core.preserved import evaluation_mode, seeded_network, uncompiled
@@ -39,7 +40,6 @@ from sj_robust.data.checked import CheckedImages
 from sj_robust.data.stored import FileImages, StoredImages
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.identity import Answers, Identity, identify
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run

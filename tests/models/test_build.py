@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.environment import CODE_KEY
-from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
     ConvChain,
@@ -23,7 +22,7 @@ from sj_robust.models import (
     build_network,
     zoo_networks,
 )
-from sj_robust.models.build import NETWORKS, check_has_neuron
+from sj_robust.models.build import NETWORKS, check_has_neuron, code_of
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.models.foreign import find_function
 from sj_robust.models.weights import as_named_in
@@ -456,7 +455,7 @@ def test_checkpoints_run_functions_only_where_trusted(own):
 def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     spec = NetworkSpec("own_models.py:build", T=3)
     classifier = build_classifier(spec)
-    description = {"network": asdict(spec), **code_of(find_function(spec.name))}
+    description = {"network": asdict(spec), **code_of(spec)}
     content = {"model": classifier.state_dict(), "description": description}
     save_checkpoint(own / "best.pt", content)
     same = partial(from_checkpoint, own / "best.pt", trust_code=True)
@@ -469,7 +468,10 @@ def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     (remark,) = same().remarks
     assert "code of own_models.py:build has changed since the training" in remark
     assert "Evaluate with the code of the training" in remark
-    content["description"] = {"network": asdict(spec), f"{CODE_KEY} 2.7": "compiled otherwise"}
+    content["description"] = {
+        "network": asdict(spec),
+        f"{CODE_KEY} another machine": "rounded otherwise",
+    }
     save_checkpoint(own / "best.pt", content)
     assert same().remarks == ()
     write(own / "best.pt", spec, classifier)  # as before code had digests
