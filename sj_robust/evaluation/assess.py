@@ -35,6 +35,7 @@ from sj_robust.evaluation.run.estimator_search import (
     search_estimators,
     short_attack,
 )
+from sj_robust.evaluation.run.history import check_history
 from sj_robust.evaluation.run.identity import check_copies, identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled, refused
@@ -120,7 +121,9 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     plan = suite()
     key = network_key(model, data, request.folder)
     parts = _Parts(subject, data, request, draws, key)
-    shared = [] if parts.plain is None else check_copies(parts.plain, data)
+    shared = []
+    if parts.plain is not None:
+        shared = [*check_copies(parts.plain, data), *check_history(parts.plain, data)]
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))

@@ -23,6 +23,9 @@ REFUSED = {
     "looks at the place": "batch",
     "remembers outside": "attribute",
     "shares its memory": "attribute",
+    "remembers in a file": "open no file",
+    "remembers in a module": "asked before",
+    "caches": "asked before",
     "shakes by the clock": "state",
 }
 # One of the checks that fail, None where the attacks break a network all the same; and how many
