@@ -206,6 +206,11 @@ class Rounds(Around):
         return self.net((16 * x).round() / 16 + 0 * x)
 
 
+class RoundsInPlace(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((16 * x + 0.5).floor_() / 16 + 0 * x)
+
+
 class ShakesByTheClock(Around):
     def forward(self, x: Tensor) -> Tensor:
         draw = torch.Generator().manual_seed(time.perf_counter_ns() % 2**31)
@@ -247,6 +252,7 @@ FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "answers attacks otherwise": AnswersAttacksOtherwise,
     "looks at its caller": LooksAtItsCaller,
     "rounds": Rounds,
+    "rounds in place": RoundsInPlace,
     "shakes by the clock": ShakesByTheClock,
     "shakes by the image": ShakesByTheImage,
     "saturates": Saturates,
