@@ -63,6 +63,8 @@ at most.
 _DIAGNOSED = 40
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
+_SPREAD = 10.0
+"""Of logits, whose probabilities float32 tells from 0 and 1."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
 _BOUND = "bound of all"
@@ -354,7 +356,7 @@ class _Parts:
         variant = Variant(allowed, "plain", self.request.seed, wrong=others)
         asked = Asked(self.threat, self.draws)
         model = self.model if self.plain is None else self.plain
-        outcome = self._run("plain", self.data, variant, asked, model)
+        outcome = self._run("plain", self.data, variant, asked, _Softened(model))
         rows = [replace(row, variant=report.main) for row in outcome.rows[1:]]
         return replace(
             report,
@@ -404,6 +406,20 @@ class _Parts:
             folder = self.request.folder
             found[0] = computed_once(folder and folder / name, key, compute)
         return gathered(found)[0]
+
+
+class _Softened(nn.Module):
+    """A network whose cross entropy does not vanish: logits that lie apart are shrunk."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes], those of an image within ``_SPREAD``."""
+        logits: Tensor = self.network(images)
+        spread = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
+        return logits * (_SPREAD / spread.clamp(min=_SPREAD))
 
 
 def _is_square(member: Member) -> bool:
