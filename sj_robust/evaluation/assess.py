@@ -35,6 +35,7 @@ from sj_robust.evaluation.run.estimator_search import (
     search_estimators,
     short_attack,
 )
+from sj_robust.evaluation.run.history import check_history
 from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled, refused
@@ -62,6 +63,8 @@ at most.
 _DIAGNOSED = 40
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
+_SPREAD = 10.0
+"""Of logits, whose probabilities float32 tells from 0 and 1."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
 _BOUND = "bound of all"
@@ -120,6 +123,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     plan = suite()
     key = network_key(model, data, request.folder)
     parts = _Parts(subject, data, request, draws, key)
+    shared = [] if parts.plain is None else check_history(parts.plain, data)
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))
@@ -349,7 +353,7 @@ class _Parts:
         variant = Variant(allowed, "plain", self.request.seed, wrong=others)
         asked = Asked(self.threat, self.draws)
         model = self.model if self.plain is None else self.plain
-        outcome = self._run("plain", self.data, variant, asked, model)
+        outcome = self._run("plain", self.data, variant, asked, _Softened(model))
         rows = [replace(row, variant=report.main) for row in outcome.rows[1:]]
         return replace(
             report,
@@ -399,6 +403,20 @@ class _Parts:
             folder = self.request.folder
             found[0] = computed_once(folder and folder / name, key, compute)
         return gathered(found)[0]
+
+
+class _Softened(nn.Module):
+    """A network whose cross entropy does not vanish: logits that lie apart are shrunk."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes], those of an image within ``_SPREAD``."""
+        logits: Tensor = self.network(images)
+        spread = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
+        return logits * (_SPREAD / spread.clamp(min=_SPREAD))
 
 
 def _is_square(member: Member) -> bool:

@@ -17,6 +17,7 @@ from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.estimators import estimator
 from sj_robust.evaluation.diagnosis._slopes import agreement
+from sj_robust.evaluation.run.draws import changed_by_others
 
 __all__ = ["Gradients", "Probe"]
 
@@ -139,11 +140,10 @@ class Probe:
             if is_random:
                 continue
             with torch.no_grad():
-                turned = self._repeatable(self.model, x.flip(0)).flip(0)
-                pairs = [torch.cat((image, image)) for image in torch.split(x, 1)]
-                alone = [self._repeatable(self.model, pair)[:1] for pair in pairs]
-            found["in another order"] |= differing(usual, turned)
-            found["alone"] |= differing(usual, torch.cat(alone))
+                answer = partial(self._repeatable, self.model)
+                changed = changed_by_others(answer, x, usual, alone=len(x))
+            for place, images in changed.items():
+                found[place] |= images
         return found
 
     def _told(self, x: Tensor) -> Tensor:
