@@ -544,6 +544,12 @@ def test_a_number_of_steps_is_needed(name, call):
         call(row.network(), row.images(), None)
 
 
+def test_a_batch_is_not_taken_for_time_steps():
+    net = nn.Sequential(nn.Linear(6, 3), neuron.IFNode(step_mode="m"))
+    with pytest.raises(ValueError, match="T must be given"):
+        SpikingClassifier(net)(torch.rand(5, 6))
+
+
 class Returning(nn.Module):
     """A network without neurons that returns what it is told to."""
 
