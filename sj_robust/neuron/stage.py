@@ -284,7 +284,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _methods(kind: type) -> frozenset[str]:
-    """Names that must not be set on a child; those that Python looks up on the class alone may be."""
+    """Names that must not be set on a child; those that Python asks the class for may be."""
     names = [name for name in dir(kind) if not name.startswith("__")]
     methods = [name for name in names if callable(getattr(kind, name))]
     return frozenset(methods) | {"_compiled_call_impl"}

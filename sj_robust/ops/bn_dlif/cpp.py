@@ -77,8 +77,8 @@ def backward(
 def finish(
     sums: Tensor, moments: Tensor, eps: float, count: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight and bias, [2, C], from the channel sums; and the slopes [2, C] by which the
-    statistics of a batch of ``count`` values per channel change the gradient of ``x``.
+    """Gradients of weight and bias, [2, C], from the channel sums; and the slopes [2, C] by which
+    the statistics of a batch of ``count`` values per channel change the gradient of ``x``.
 
     ``count`` and the slopes are None for running statistics.
     """

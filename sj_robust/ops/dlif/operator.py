@@ -424,6 +424,7 @@ def checked(
         kernel: It takes ``x_seq``, ``input_gain`` and ``v_init`` in this order among its tensors.
         check_shapes: Refuses these three if they do not belong together; None checks no shapes, as
             where one step of ``x_seq`` may stand for all.
+        backend: The one that runs it; None for the one that the call names.
     """
     first = list(signature(kernel).parameters).index("x_seq")
 
