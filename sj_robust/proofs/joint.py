@@ -18,20 +18,20 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.maps import Maps, Trace
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.opened import counts
-from sj_robust.proofs.origins import leaves_of, replayed
+from sj_robust.proofs.program import counts, leaves_of, replayed
 from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
-from sj_robust.proofs.trains import Trains, possible_trains
 from sj_robust.proofs.windows import (
     KEPT,
+    ListedTrains,
     Memory,
     SpikeTrains,
     Steps,
     check_finite,
     constants_of,
     kept_steps,
+    possible_trains,
     stacked,
     weighted_sums,
 )
@@ -224,7 +224,7 @@ class OverTime:
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
         self.images = max(1, 2 * _ELEMENTS // (size * windows))
-        self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
+        self._trains: dict[tuple[str, int, float, float], ListedTrains | None] = {}
 
     def _find_kinds(self, trace: _TimedTrace) -> Iterator[str]:
         """Fill ``kinds``; gives what has bounds of single steps, with the reason."""
@@ -286,7 +286,9 @@ class OverTime:
             found[layer] = only_frames[layer] and has_all_frames and same
         return found
 
-    def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
+    def trains(
+        self, spiking: Spiking, T: int, *, current: Interval, error: float
+    ) -> ListedTrains | None:
         """The trains of a layer for constant currents and errors up to the next powers of two."""
         largest = _power_of_two(float(current.size().max()))
         error = _power_of_two(error)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust.proofs.changes import Changes, first_changes, frame_numbers, frames_of_rows
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Changes, Flips, first_changes, frame_numbers, frames_of_rows
 from sj_robust.proofs.spiking import Interval
 
 __all__ = ["EVENTS", "Events", "Moves", "Shifts"]
@@ -101,21 +100,6 @@ class Moves:
             ball=self,
             frames=frames,
         )
-
-    def falls(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """How far a move of an event of each value lowers sums with weights [R, T, *] of frames
-        [1, T, *], by itself.
-        """
-        by_line = weights.flatten(2).transpose(1, 2)
-        lines = by_line.flatten(0, 1)
-        gain = _highest_within(-lines, self.largest_shift) + lines
-        by_frame = gain.view_as(by_line).transpose(1, 2)
-        _, leaving = self.reach(frames)
-        return by_frame.reshape(weights.shape) * (leaving > 0)
-
-    def times(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """How many events each value may lose, [R, T, *]."""
-        return frames.expand(weights.shape)
 
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
         """Frames of the ball whose sum with the weights is low, with one move at most of a pixel
@@ -240,17 +224,6 @@ class Shifts(Changes):
         if self.frame.ndim != 4 or frames_of_rows(self.frame) is None:
             return None
         return super().convolved(weight, shape, **geometry)
-
-    def falls(self, samples: Tensor, weights: Tensor) -> Tensor:
-        """See :class:`Changes`."""
-        assert self.ball is not None
-        assert self.frames is not None
-        lines = _as_lines(self.frames[samples])
-        own = _as_lines(weights)
-        falling = -own.flatten(0, 1)
-        gains = self.ball.gains(lines.flatten(0, 1), falling)
-        of_samples = gains.view(len(samples), -1)
-        return first_changes(of_samples, self.budget, 1)
 
     def over_time(self, weights: Tensor) -> "Shifts":
         """How far sums over time of the frames' values can rise and fall: step t has what moves do

@@ -282,18 +282,17 @@ class Float32Spiking(Spiking):
         self.above += unit
         self.below -= unit
 
-    def charged_in_float32(self, v: Interval, x: Interval) -> tuple[Interval, Tensor, float]:
-        """Charged potential, what float32 rounds of it, and the gain of the current."""
+    def charged_in_float32(self, v: Interval, x: Interval) -> Interval:
+        """Charged potential with what float32 rounds of it."""
         gain = self.gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay_value, gain=gain)
         size = v.size() + abs(gain) * x.size() + abs(self.rest)
-        error = within_float32(charge_rounding(size))
-        return h.widened(error), error, gain
+        return h.widened(within_float32(charge_rounding(size)))
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
-        h, error, gain = self.charged_in_float32(v, x)
-        h, spikes = self.decided(h, error, gain)
+        h = self.charged_in_float32(v, x)
+        spikes = Interval(fire(h.low, self.above), fire(h.high, self.below))
         undecided = spikes.width().sum()
         width = h.width().square().sum()
         self.layer.undecided.append(float(undecided))
@@ -304,18 +303,6 @@ class Float32Spiking(Spiking):
         """See :class:`Spiking`."""
         rounded = reset_rounding(h.size(), self.rest, self.threshold)
         return super().reset(h, spikes).widened(rounded)
-
-    def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
-        """Charged potential and spikes; who knows more than intervals do gives less of both.
-
-        Args:
-            h: Charged potential as intervals bound it.
-            error: How far float32's can be from the charge equation; it is part of ``h``.
-            gain: Gain of the current in this step.
-        """
-        sure = fire(h.low, self.above)
-        possible = fire(h.high, self.below)
-        return h, Interval(sure, possible)
 
 
 class Float32Counting(Float32Spiking):
@@ -335,7 +322,7 @@ class Float32Counting(Float32Spiking):
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
         """See :class:`Spiking`."""
-        h, _, _ = self.charged_in_float32(v, x)
+        h = self.charged_in_float32(v, x)
         threshold = self.threshold
         scaled = h.times(1.0 / threshold)
         scaled = scaled.widened(reset_rounding(scaled.size(), 0.0, 0.0))

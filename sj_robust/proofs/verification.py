@@ -41,11 +41,11 @@ from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, NeuronKey, is_neuron, stated
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
-from sj_robust.proofs.constants import parameters_kept_in_float64
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.logits import bounded_neurons
+from sj_robust.proofs.bounds import bounded_neurons
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.moves import Events, Moves
 from sj_robust.proofs.soundness import UnprovableError
+from sj_robust.proofs.values import parameters_kept_in_float64
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from torch import Tensor
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_choice, check_count, check_events, check_switch
 from sj_robust.core.preserved import draws_numbers, preserved
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
-from sj_robust.proofs.flips import Flips
 from sj_robust.proofs.moves import Events, Moves
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.batch_norm import batch_statistics

@@ -9,7 +9,7 @@ from lab.figures.events import EventPictures, breaking_alone
 from PIL import Image
 from proofs.event_balls import SHAPE, all_of, frames, tiny
 
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.moves import Moves
 
 

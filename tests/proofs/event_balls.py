@@ -13,7 +13,7 @@ from torch import Tensor
 from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.moves import Events, Moves
 from sj_robust.proofs.rules import Bounds
 

@@ -36,10 +36,9 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import flip_events, move_events, random_flips, random_moves
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.proofs import UnsoundBoundsError, changes, verify
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.joint import JointRun
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.moves import Moves, Shifts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.training import CertifiedOptions

@@ -9,7 +9,7 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation.report.verdict import budget
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.moves import EVENTS, Events, Moves
 from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
