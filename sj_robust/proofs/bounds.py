@@ -36,7 +36,7 @@ from sj_robust.proofs.spiking import (
     Interval,
     LayerBounds,
     RealSpiking,
-    Spiking,
+    SpikingBounds,
 )
 from sj_robust.proofs.values import (
     Bounds,
@@ -520,7 +520,7 @@ class BoundedRun:
         """Spikes of a layer, [T, N, *] as numbers, for its current in the next T steps."""
         return self._spiking(neuron).run(x_seq)
 
-    def _spiking(self, neuron: Neuron) -> Spiking:
+    def _spiking(self, neuron: Neuron) -> SpikingBounds:
         """A call of a layer."""
         layer = self.layers[neuron.name]
         most = counts(neuron)

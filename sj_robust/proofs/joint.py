@@ -21,7 +21,7 @@ from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.program import counts, leaves_of, replayed
 from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
-from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
+from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 from sj_robust.proofs.windows import (
     KEPT,
     ListedTrains,
@@ -287,7 +287,7 @@ class OverTime:
         return found
 
     def trains(
-        self, spiking: Spiking, T: int, *, current: Interval, error: float
+        self, spiking: SpikingBounds, T: int, *, current: Interval, error: float
     ) -> ListedTrains | None:
         """The trains of a layer for constant currents and errors up to the next powers of two."""
         largest = _power_of_two(float(current.size().max()))
@@ -495,7 +495,7 @@ class JointRun(BoundedRun):
         in_time = partial(by_step, samples=self.samples, batch_dim=call.batch_dim)
         return exact.each(in_time)
 
-    def _sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+    def _sums(self, dynamics: SpikingBounds, some: Tensor | slice, *, first: int) -> Interval:
         """Bounds of the sums of every window that ends in a step from the first one on, for some
         of the neurons, [W, O]: as :meth:`Windows.listed` has them. One step alone has those of its
         current.
@@ -603,7 +603,7 @@ class JointRun(BoundedRun):
             falls += map(chosen, lowered[: len(some)])
         return torch.stack(rises), torch.stack(falls)
 
-    def _all_sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+    def _all_sums(self, dynamics: SpikingBounds, some: Tensor | slice, *, first: int) -> Interval:
         """The same of all windows so far, those of earlier calls among them."""
         memory = self.memories[dynamics.neuron.name]
         listed = memory.trains.windows.listed(len(memory.currents))
@@ -682,7 +682,7 @@ class JointRun(BoundedRun):
         with torch._C.DisableTorchFunctionSubclass():
             return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
 
-    def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
+    def _chain(self, dynamics: SpikingBounds, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
         memory.trains.chain = None
         current = memory.currents[-1]
@@ -845,7 +845,7 @@ def _power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1]) if value else 0.0
 
 
-def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
+def window_weights(dynamics: SpikingBounds, windows: Tensor, steps: int) -> Tensor:
     """Weight of every step's current in the potential at the end of each window (a, t), [W, steps],
     with the graph of the neuron's gains and decay.
     """

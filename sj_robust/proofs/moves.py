@@ -12,7 +12,7 @@ from torch import Tensor
 from sj_robust.proofs.changes import Changes, Flips, first_changes, frame_numbers, frames_of_rows
 from sj_robust.proofs.spiking import Interval
 
-__all__ = ["EVENTS", "Events", "Moves", "Shifts"]
+__all__ = ["EVENTS", "Events", "MovedEvents", "Shifts"]
 
 _LISTED = 256
 """Frames of a pixel and polarity that its moves can lead to and that are listed one by one."""
@@ -22,7 +22,7 @@ _CODED = 62
 
 
 @dataclass(frozen=True)
-class Moves:
+class MovedEvents:
     """Event frames [N, T, *] of which at most ``budget`` events are moved in time: an event keeps
     pixel and polarity and comes at most ``largest_shift`` frames earlier or later.
     至多移动若干事件的球。
@@ -39,7 +39,7 @@ class Moves:
 
     Examples:
         >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
-        >>> Moves(1, 1).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
+        >>> MovedEvents(1, 1).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
         tensor([0., 1., 0.])
     """
 
@@ -50,7 +50,7 @@ class Moves:
     @classmethod
     def of(
         cls, frames: Tensor, budget: float, largest_shift: int | None, *, counts: bool = False
-    ) -> "Moves":
+    ) -> "MovedEvents":
         """The moves of given frames; None is any shift."""
         T = frames.shape[1]
         shift = T - 1 if largest_shift is None else min(largest_shift, T - 1)
@@ -191,10 +191,10 @@ class Moves:
         return first_changes(torch.cat(of_copies, 1), self.budget, 1)
 
 
-Events = Flips | Moves
+Events = Flips | MovedEvents
 """A ball of event frames."""
 
-EVENTS = (Flips, Moves)
+EVENTS = (Flips, MovedEvents)
 """The same for ``isinstance``."""
 
 
@@ -211,7 +211,7 @@ class Shifts(Changes):
         frames: The frames [N, T, *].
     """
 
-    ball: Moves | None = None
+    ball: MovedEvents | None = None
     frames: Tensor | None = None
 
     def linear(self, weight: Tensor, shape: torch.Size) -> Changes | None:
@@ -331,7 +331,7 @@ class _ListedMoves:
     costs: tuple[int, ...]
 
     def gains(self, weights: Tensor) -> Tensor:
-        """See :meth:`Moves.gains`: of lines that are this one, with weights [M, T]."""
+        """See :meth:`MovedEvents.gains`: of lines that are this one, with weights [M, T]."""
         added = weights.new_tensor(self.added)
         sums = weights @ added.T
         costs = torch.tensor(self.costs, device=weights.device)

@@ -29,7 +29,7 @@ __all__ = [
     "Interval",
     "LayerBounds",
     "RealSpiking",
-    "Spiking",
+    "SpikingBounds",
 ]
 
 
@@ -130,7 +130,7 @@ class LayerBounds:
     held: dict[str, Any] = field(default_factory=dict)
 
 
-class Spiking(ABC):
+class SpikingBounds(ABC):
     """One call of a spiking layer on bounds of its currents.
 
     Spikes are an interval of numbers: ``low`` is 1 where the neuron fires for sure, ``high`` where
@@ -236,7 +236,7 @@ class Spiking(ABC):
         return Interval(low, high)
 
 
-class RealSpiking(Spiking):
+class RealSpiking(SpikingBounds):
     """In real numbers and with a graph, for training: surrogates stand for the derivatives of both
     bounds of a spike; as with ``detach_reset``, the reset passes no gradient on.
 
@@ -253,13 +253,13 @@ class RealSpiking(Spiking):
         self.surrogate_width = surrogate_width
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         gain = self.tensor_gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
         return h, h.each(lambda end: fire(end, self.threshold, self.spike))
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         return super().reset(h, spikes.each(Tensor.detach))
 
     def spike(self, z: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class RealSpiking(Spiking):
         return self.neuron.surrogate.derivative(z / width) / width
 
 
-class Float32Spiking(Spiking):
+class Float32Spiking(SpikingBounds):
     """With whatever float32 rounds; all numbers are float64 and without a graph."""
 
     def __init__(self, neuron: Neuron, layer: LayerBounds) -> None:
@@ -290,7 +290,7 @@ class Float32Spiking(Spiking):
         return h.widened(within_float32(charge_rounding(size)))
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         h = self.charged_in_float32(v, x)
         spikes = Interval(fire(h.low, self.above), fire(h.high, self.below))
         undecided = spikes.width().sum()
@@ -300,7 +300,7 @@ class Float32Spiking(Spiking):
         return h, spikes
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         rounded = reset_rounding(h.size(), self.rest, self.threshold)
         return super().reset(h, spikes).widened(rounded)
 
@@ -321,7 +321,7 @@ class Float32Counting(Float32Spiking):
         self.most = most
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         h = self.charged_in_float32(v, x)
         threshold = self.threshold
         scaled = h.times(1.0 / threshold)
@@ -334,7 +334,7 @@ class Float32Counting(Float32Spiking):
         return h, spikes
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         threshold = self.threshold
         low = h.low - threshold * spikes.low
         high = h.high - threshold * spikes.high

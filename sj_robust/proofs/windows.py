@@ -12,7 +12,7 @@ from sj_robust.ops.limits import by_sign
 from sj_robust.ops.trains.config import Constants, StepBounds, Trains, Windows
 from sj_robust.ops.trains.operator import BoundsBackend, in_float32, train_sums
 from sj_robust.proofs.rounding import charge_rounding, reset_rounding, within_float32
-from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
+from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 
 __all__ = [
     "KEPT",
@@ -337,7 +337,7 @@ class _Piece:
 
 
 def possible_trains(
-    spiking: Spiking, T: int, *, largest: float, error: float, device: torch.device
+    spiking: SpikingBounds, T: int, *, largest: float, error: float, device: torch.device
 ) -> ListedTrains | None:
     """All trains of a neuron for a constant current, and the currents that can give each of them.
     恒定电流下所有可能的脉冲序列。
@@ -399,7 +399,7 @@ def possible_trains(
     )
 
 
-def _after_step(charged: _Piece, spiking: Spiking) -> list[_Piece]:
+def _after_step(charged: _Piece, spiking: SpikingBounds) -> list[_Piece]:
     """What is left of a piece where the neuron stays silent, and where it fires."""
     found = []
     rest = spiking.rest

@@ -33,7 +33,7 @@ from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.maps import Maps
-from sj_robust.proofs.moves import Moves
+from sj_robust.proofs.moves import MovedEvents
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
 
@@ -323,7 +323,7 @@ class Proved:
         result = verify(model, x, y, eps, method=method, time_limit=1.0, **given)
         ball = Flips(eps, counts) if norm == "L0" else eps
         if norm == "moves":
-            ball = Moves.of(x, eps, largest_shift, counts=counts)
+            ball = MovedEvents.of(x, eps, largest_shift, counts=counts)
         margin = torch.tensor(result.margin, dtype=torch.float64)
         neurons = bounded_neurons(model)
         intervals = Recorded(neurons, len(x))
