@@ -164,6 +164,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         potential=tuple({name: row[name] for name in shown} for row in potential),
         warnings=(
             *subject.remarks,
+            *shared,
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),

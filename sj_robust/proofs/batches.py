@@ -13,9 +13,8 @@ from sj_robust.core.checks import check_logits
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import RandomNumbers, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits
 from sj_robust.proofs.joint import JointRun, OverTime
-from sj_robust.proofs.logits import bounded_logits
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.mip import Programs
 from sj_robust.proofs.moves import Events
@@ -59,7 +58,7 @@ class BatchProofs:
 
     Args:
         model: The classifier.
-        neurons: Its spiking layers, from :func:`~sj_robust.proofs.logits.bounded_neurons`.
+        neurons: Its spiking layers, from :func:`~sj_robust.proofs.bounds.bounded_neurons`.
         ball: Linf radius, or what may happen to event frames.
         x: The first images, with which the network is looked at; they are not proved.
         y: Their labels.

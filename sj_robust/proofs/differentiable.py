@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import first_argument
 from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward, preserved
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import EVENTS, Events
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates

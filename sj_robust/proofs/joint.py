@@ -18,20 +18,20 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.maps import Maps, Trace
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.opened import counts
-from sj_robust.proofs.origins import leaves_of, replayed
+from sj_robust.proofs.program import counts, leaves_of, replayed
 from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
-from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
-from sj_robust.proofs.trains import Trains, possible_trains
+from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 from sj_robust.proofs.windows import (
     KEPT,
+    ListedTrains,
     Memory,
     SpikeTrains,
     Steps,
     check_finite,
     constants_of,
     kept_steps,
+    possible_trains,
     stacked,
     weighted_sums,
 )
@@ -224,7 +224,7 @@ class OverTime:
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
         self.images = max(1, 2 * _ELEMENTS // (size * windows))
-        self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
+        self._trains: dict[tuple[str, int, float, float], ListedTrains | None] = {}
 
     def _find_kinds(self, trace: _TimedTrace) -> Iterator[str]:
         """Fill ``kinds``; gives what has bounds of single steps, with the reason."""
@@ -286,7 +286,9 @@ class OverTime:
             found[layer] = only_frames[layer] and has_all_frames and same
         return found
 
-    def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
+    def trains(
+        self, spiking: SpikingBounds, T: int, *, current: Interval, error: float
+    ) -> ListedTrains | None:
         """The trains of a layer for constant currents and errors up to the next powers of two."""
         largest = _power_of_two(float(current.size().max()))
         error = _power_of_two(error)
@@ -493,7 +495,7 @@ class JointRun(BoundedRun):
         in_time = partial(by_step, samples=self.samples, batch_dim=call.batch_dim)
         return exact.each(in_time)
 
-    def _sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+    def _sums(self, dynamics: SpikingBounds, some: Tensor | slice, *, first: int) -> Interval:
         """Bounds of the sums of every window that ends in a step from the first one on, for some
         of the neurons, [W, O]: as :meth:`Windows.listed` has them. One step alone has those of its
         current.
@@ -601,7 +603,7 @@ class JointRun(BoundedRun):
             falls += map(chosen, lowered[: len(some)])
         return torch.stack(rises), torch.stack(falls)
 
-    def _all_sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+    def _all_sums(self, dynamics: SpikingBounds, some: Tensor | slice, *, first: int) -> Interval:
         """The same of all windows so far, those of earlier calls among them."""
         memory = self.memories[dynamics.neuron.name]
         listed = memory.trains.windows.listed(len(memory.currents))
@@ -680,7 +682,7 @@ class JointRun(BoundedRun):
         with torch._C.DisableTorchFunctionSubclass():
             return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
 
-    def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
+    def _chain(self, dynamics: SpikingBounds, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
         memory.trains.chain = None
         current = memory.currents[-1]
@@ -843,7 +845,7 @@ def _power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1]) if value else 0.0
 
 
-def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
+def window_weights(dynamics: SpikingBounds, windows: Tensor, steps: int) -> Tensor:
     """Weight of every step's current in the potential at the end of each window (a, t), [W, steps],
     with the graph of the neuron's gains and decay.
     """

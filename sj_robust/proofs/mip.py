@@ -19,8 +19,8 @@ from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.joint import JointRun, LayerCall, OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.opened import counts
 from sj_robust.proofs.points import Points
+from sj_robust.proofs.program import counts
 from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.spiking import Float32Spiking
 from sj_robust.proofs.windows import constants_of
@@ -506,7 +506,7 @@ class _Program:
             current = self.through(matrices.of(run, number))
             if isinstance(call.by, Neuron) and counts(call.by) is None:
                 self._neurons(self.layers[call.by.name], call, current)
-            elif isinstance(call.by, Neuron) or call.by.pooling in (None, torch.relu):
+            elif isinstance(call.by, Neuron) or call.by.pooling is None:
                 raise NotImplementedError(
                     "no program is known for a network with ReLU, products or other functions; "
                     "use the method ibp or joint"

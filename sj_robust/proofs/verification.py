@@ -41,11 +41,11 @@ from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, NeuronKey, is_neuron, stated
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
-from sj_robust.proofs.constants import parameters_kept_in_float64
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.logits import bounded_neurons
-from sj_robust.proofs.moves import Events, Moves
+from sj_robust.proofs.bounds import bounded_neurons
+from sj_robust.proofs.changes import Flips
+from sj_robust.proofs.moves import Events, MovedEvents
 from sj_robust.proofs.soundness import UnprovableError
+from sj_robust.proofs.values import parameters_kept_in_float64
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -355,15 +355,15 @@ def ball_of(
         )
     if norm == "L0":
         return Flips(int(eps), counts)
-    return Moves(int(eps), sys.maxsize if largest_shift is None else largest_shift, counts)
+    return MovedEvents(int(eps), sys.maxsize if largest_shift is None else largest_shift, counts)
 
 
 def ball_of_frames(ball: Events, x: Tensor) -> Events:
     """The ball of these frames, which are binary, or numbers of events."""
     check_events(x, counts=ball.counts)
-    if isinstance(ball, Moves):
+    if isinstance(ball, MovedEvents):
         check_shift(None if ball.largest_shift == sys.maxsize else ball.largest_shift, x)
-        return Moves.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
+        return MovedEvents.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
     elements = x[0].numel()
     if ball.budget > elements and not ball.counts:
         raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")

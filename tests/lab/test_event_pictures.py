@@ -9,11 +9,13 @@ from lab.figures.events import EventPictures, breaking_alone
 from PIL import Image
 from proofs.event_balls import SHAPE, all_of, frames, tiny
 
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.moves import Moves
+from sj_robust.proofs.changes import Flips
+from sj_robust.proofs.moves import MovedEvents
 
 
-@pytest.mark.parametrize("ball", [Flips(2), Flips(2, True), Moves(2, 1), Moves(2, 2, True)])
+@pytest.mark.parametrize(
+    "ball", [Flips(2), Flips(2, True), MovedEvents(2, 1), MovedEvents(2, 2, True)]
+)
 def test_what_breaks_a_sample_alone(ball):
     broken = 0
     for seed in (6, 7, 17, 23):
@@ -23,7 +25,7 @@ def test_what_breaks_a_sample_alone(ball):
             every = all_of(replace(ball, budget=1), sample)
             touched = every[model(every).argmax(1) != label] - sample
             # a move is told by the event that it takes away
-            expected = (touched < 0 if isinstance(ball, Moves) else touched != 0).any(0)
+            expected = (touched < 0 if isinstance(ball, MovedEvents) else touched != 0).any(0)
             found = breaking_alone(model, sample, label, ball)
             assert torch.equal(found, expected)
             broken += int(found.sum())

@@ -16,7 +16,7 @@ from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Flips
 
 METHODS = ["joint"] * 12 + ["ibp"] * 4
 

@@ -12,8 +12,7 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, verify
-from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.points import Points
 from sj_robust.proofs.rules import Bounds
 

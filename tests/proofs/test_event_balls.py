@@ -36,11 +36,10 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import flip_events, move_events, random_flips, random_moves
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.proofs import UnsoundBoundsError, changes, verify
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.joint import JointRun
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.moves import Moves, Shifts
+from sj_robust.proofs.moves import MovedEvents, Shifts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.training import CertifiedOptions
 from sj_robust.training.certified import CertifiedLoss
@@ -127,7 +126,7 @@ SUMS = torch.tensor(
 
 def moved_sums(x, ball, kernel):
     """How far sums over time of currents can rise and fall."""
-    if isinstance(ball, Moves):
+    if isinstance(ball, MovedEvents):
         still = Bounds(torch.zeros_like(x), torch.zeros_like(x))
         still.changes = ball.changes(x, summed=False).over_time(SUMS)
         found = F.conv2d(still.flatten(0, 1), kernel).changes
@@ -429,8 +428,8 @@ def test_the_fuzzer_uses_the_whole_ball():
 
 KEPT = {
     "moved sums": JointRun._moved_sums,
-    "reach": Moves.reach,
-    "gains": Moves.gains,
+    "reach": MovedEvents.reach,
+    "gains": MovedEvents.gains,
 }
 """What the faults call, as it was."""
 
@@ -493,8 +492,8 @@ FAULTS = {
     "half a budget": Fault(fuzz_moves, changes, "first_changes", half_a_budget),
     "no falls by moves": Fault(fuzz_moves, Shifts, "lowered", nothing),
     "a budget of each step": Fault(fuzz_moves, JointRun, "_moved_sums", budget_of_each_step),
-    "a window of events too short": Fault(fuzz_moves, Moves, "reach", short_reach),
-    "a window of sums too short": Fault(fuzz_moves, Moves, "gains", short_gains),
+    "a window of events too short": Fault(fuzz_moves, MovedEvents, "reach", short_reach),
+    "a window of sums too short": Fault(fuzz_moves, MovedEvents, "gains", short_gains),
 }
 
 

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.proofs import UnsoundBoundsError, nonlinear, opened, verify
+from sj_robust.proofs import UnsoundBoundsError, nonlinear, program, verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
@@ -281,7 +281,7 @@ def test_other_neurons_are_refused_by_name_with_the_reason(name):
 def test_every_reason_is_one_of_a_neuron_of_the_newest_release():
     if not hasattr(neuron, "PSN"):
         pytest.skip("this release of SpikingJelly has none of them")
-    names = [*opened.NO_BOUNDS, *opened.OPEN]
+    names = [*program.NO_BOUNDS, *program.OPEN]
     assert [name for name in names if not hasattr(neuron, name)] == []
 
 

@@ -28,7 +28,7 @@ from unchanged import unchanged
 from sj_robust import SpikingClassifier
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.proofs import UnsoundBoundsError, bounds, rounding, rules, verify
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
+from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
 
 RADII = (0.0, 0.001, 0.01, 0.1)
 

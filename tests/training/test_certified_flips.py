@@ -5,8 +5,8 @@ import torch
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds
-from sj_robust.proofs.flips import Flips
 from sj_robust.training import CertifiedOptions, flip_attacks
 from sj_robust.training.certified import CertifiedLoss
 

@@ -9,8 +9,8 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.core.saved import SavedResult
 from sj_robust.evaluation.report.verdict import budget
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.moves import EVENTS, Events, Moves
+from sj_robust.proofs.changes import Flips
+from sj_robust.proofs.moves import EVENTS, Events, MovedEvents
 from sj_robust.proofs.verification import NormName, ball_of
 from sj_robust.training.modes import event_attacks
 
@@ -93,7 +93,9 @@ def breaking_alone(model: SpikingClassifier, sample: Tensor, label: Tensor, ball
     """Which values of a sample [T, *] break it by a single change, or by a single move of an event,
     bool [T, *]: all of them are tried.
     """
-    places, steps = _single_moves(sample, ball) if isinstance(ball, Moves) else _flips(sample, ball)
+    places, steps = (
+        _single_moves(sample, ball) if isinstance(ball, MovedEvents) else _flips(sample, ball)
+    )
     flat = sample.flatten()
     found = torch.zeros_like(flat, dtype=torch.bool)
     for start in range(0, len(places), _TOGETHER):
@@ -116,7 +118,7 @@ def _flips(sample: Tensor, ball: Flips) -> tuple[Tensor, Tensor]:
     return places, torch.cat([rises, falls]).to(flat.dtype)
 
 
-def _single_moves(sample: Tensor, ball: Moves) -> tuple[Tensor, Tensor]:
+def _single_moves(sample: Tensor, ball: MovedEvents) -> tuple[Tensor, Tensor]:
     """Numbers of the values that each single move takes an event from and brings it to, [M, 2], and
     what it does to them.
     """

@@ -15,13 +15,12 @@ from sj_robust.core.preserved import full_precision
 from sj_robust.core.saved import SavedResult
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.trains.config import StepBounds
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.joint import JointRun, OverTime
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
-from sj_robust.proofs.trains import Trains, possible_trains
+from sj_robust.proofs.windows import ListedTrains, possible_trains
 
 __all__ = ["JointBounds", "joint_bounds", "proved_by_parts"]
 
@@ -89,7 +88,7 @@ def joint_bounds(
     )
 
 
-def _pieces(table: Trains) -> list[dict[str, list[float]]]:
+def _pieces(table: ListedTrains) -> list[dict[str, list[float]]]:
     """Pieces of the currents with one train each, except for pieces that are too short to see."""
     pieces = []
     for low, high, spikes in zip(table.low, table.high, table.spikes, strict=True):
@@ -99,7 +98,7 @@ def _pieces(table: Trains) -> list[dict[str, list[float]]]:
     return pieces
 
 
-def _counts(lif: Neuron, table: Trains) -> dict[str, list[float]]:
+def _counts(lif: Neuron, table: ListedTrains) -> dict[str, list[float]]:
     """Bounds of the number of spikes, by single spikes (intervals) and by possible trains
     (chain).
     """

@@ -1,16 +1,18 @@
-"""A tensor of bounds, which passes every torch function to its rule."""
+"""A tensor of bounds, which passes every torch function to its rule; constants beside it, and the
+arguments of rules.
+"""
 
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust.proofs.changes import Changes
-from sj_robust.proofs.constants import by_value
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 
@@ -26,13 +28,27 @@ __all__ = [
     "Refusal",
     "Rule",
     "Run",
+    "as_bounds",
+    "by_value",
+    "centre_of_either",
+    "check_dtype",
+    "check_numbers",
+    "constant",
+    "dispatched",
+    "in_float64",
+    "interval",
+    "is_rounded",
     "is_truth",
+    "new_leaf",
+    "parameters_kept_in_float64",
+    "reshaped",
     "ruled",
     "run_of",
+    "size_of_constant",
 ]
 
 Pooling = Callable[[Tensor], Tensor]
-"""A max pooling; or a ReLU, which is the maximum of a value and zero."""
+"""A max pooling."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Function:
 
     Attributes:
         name: What a message calls it.
-        pooling: What it does, if that is a max pooling or a ReLU of one value.
+        pooling: What it does, if that is a max pooling.
         along: For each argument the dimension whose values meet.
     """
 
@@ -438,3 +454,136 @@ def _note(found: Any, call: Call) -> None:
         for part, one in enumerate(found):
             if isinstance(one, Bounds):
                 one.origin = one.origin or Origin(call=call, part=part, shape=one.shape)
+
+
+_Known = tuple[Tensor, Tensor, Tensor]
+"""A parameter, a copy of its values, and these in float64. Nothing but the values tells that a
+forward has written to ``p.data``.
+"""
+
+_DOUBLES: ContextVar[dict[int, _Known] | None] = ContextVar("_DOUBLES", default=None)
+
+
+@contextmanager
+def parameters_kept_in_float64() -> Iterator[None]:
+    """Context in which every parameter is converted once, for all runs; also a decorator."""
+    token = _DOUBLES.set({})
+    try:
+        yield
+    finally:
+        _DOUBLES.reset(token)
+
+
+def in_float64(value: Tensor) -> Tensor:
+    """A copy of a constant in float64, without a graph."""
+    known = _DOUBLES.get()
+    if known is None or not isinstance(value, nn.Parameter):
+        return _copy(value)
+    if id(value) in known:
+        parameter, values, found = known[id(value)]
+        if parameter is value and torch.equal(values, value):
+            return found
+    found = _copy(value)
+    known[id(value)] = value, value.detach().clone(), found
+    return found
+
+
+def _copy(value: Tensor) -> Tensor:
+    """The same values in float64, in memory of their own."""
+    found = value.detach().double()
+    return found.clone() if value.dtype == torch.float64 else found
+
+
+def by_value(value: Any) -> Any:
+    """An argument of a call as it is now, for those who make the call again: a network with binary
+    weights, say, has other values in them after its forward.
+    """
+    if type(value) in (tuple, list):
+        return type(value)(map(by_value, value))
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(value, nn.Parameter) and value.is_floating_point():
+        return in_float64(value)
+    return value.detach().clone()
+
+
+def constant(value: Any, run: Run | None) -> Tensor:
+    """A weight: in float64 and without a graph, or as it is in a differentiable run."""
+    if isinstance(value, Bounds):
+        raise NoBoundsError("a weight or a divisor that depends on the input")
+    number = torch.float32 if run is None else run.dtype
+    found: Tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=number)
+    if run is not None and run.differentiable:
+        return found
+    if found.ndim == 0:
+        found = found.to(number)  # as torch does beside a tensor of the network
+    return in_float64(found)
+
+
+def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
+    """Bounds, or a constant as bounds that nothing moves."""
+    if isinstance(value, Bounds):
+        return value
+    centre = constant(value, run).to(like)
+    return Bounds(centre, size_of_constant(centre, run), run=run)
+
+
+def size_of_constant(value: Tensor, run: Run | None) -> Tensor:
+    """The radius of a constant: none, or in a sized run of points its size."""
+    is_sized = run is not None and run.points and run.sized
+    return value.abs() if is_sized else torch.zeros_like(value)
+
+
+def centre_of_either(a: Any, b: Any) -> Tensor:
+    """The centre of the one of two that is bounds."""
+    centre: Tensor = (a if isinstance(a, Bounds) else b).centre
+    return centre
+
+
+def check_dtype(x: Bounds, *given: Any) -> None:
+    """Raise NoBoundsError if one of some arguments is another dtype than that of the values."""
+    for dtype in given:
+        if isinstance(dtype, torch.dtype) and dtype != x.dtype:
+            raise NoBoundsError(f"a conversion to {dtype}: bounds are those of {x.dtype}")
+
+
+def check_numbers(func: Any, *values: Any) -> None:
+    """Raise NoBoundsError if all of these are True and False, which torch does not take for 1 and
+    0.
+    """
+    if all(map(is_truth, values)):
+        raise NoBoundsError(
+            f"the operation {func.__name__} of comparisons alone: convert one first, as in (x >= "
+            "0).to(x.dtype)"
+        )
+
+
+def interval(x: Bounds) -> Interval:
+    """What float32 can give."""
+    return Interval(x.lower, x.upper)
+
+
+def is_rounded(run: Run | None) -> bool:
+    """Whether bounds have what float32 rounds."""
+    return run is None or run.rounded
+
+
+def new_leaf(run: Run | None, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
+    """A leaf in the run of its arguments."""
+    if run is None:
+        raise NoBoundsError(f"{by.name} outside a run")
+    return run.begin(by, arguments, values)
+
+
+def dispatched(func: Any, *args: Any) -> Any:
+    """What a function of bounds gives, as if the network had called it."""
+    # torch lacks the type
+    return Bounds.__torch_function__(func, (), args)
+
+
+def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
+    """Bounds in another shape. 改变形状。"""
+    if x.shape == shape:
+        return x
+    found: Bounds = dispatched(torch.Tensor.reshape, x, shape)
+    return found
