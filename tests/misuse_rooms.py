@@ -18,7 +18,8 @@ from training import small_run
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
 from sj_robust.data import Augmentation, load_images
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, SurrogateOverlap
-from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.models import ConvChain, NetworkSpec, build_classifier
+from sj_robust.models.chain import FullyConnected
 from sj_robust.perturbation import (
     MPPDMonitor,
     membrane_potential,
@@ -187,6 +188,8 @@ frames = partial(CertifiedOptions, norm="moves")
 digits = partial(load_images, "digits")
 saccades = partial(load_images, "saccade:digits")
 overlap = partial(SurrogateOverlap, 1.0)
+chain = partial(ConvChain, (1, 8, 8), 10, T=4, spiking_neuron=DLIFNode)
+connected = partial(FullyConnected, (1, 4, 4), 3, T=2, spiking_neuron=DLIFNode)
 
 
 def dlif(**changes):
@@ -411,8 +414,9 @@ MISUSE = [
     *options("surrogate_function", 3, neuron="tgo"),
     *options("kernel_size", [3], [1, 3, 3], 0, [1, 0], 3.0, "33"),
     *options("strides", [2], [3, 1]),
-    *options("widths", [], [4, 0], name="mlp"),
-    *options("features", ["A", 4], [4, "S"]),
+    *rows(connected, {"widths": ()}, {"widths": (4, 0)}),
+    Misuse(chain, {"features": ["A", 4]}, name="begin"),
+    Misuse(chain, {"features": [4, "S"]}, name="stride"),
     thresholds([0.5]),
     thresholds([0.2, NAN]),
     thresholds(image_shape=(3, 8, 8)),

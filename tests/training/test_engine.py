@@ -21,7 +21,6 @@ from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.neuron.fusion import plain_names
 from sj_robust.perturbation.gains import l2_gain, peak_gain
 from sj_robust.training import (
-    MODES,
     GradientSparsity,
     Journal,
     NonFiniteLossError,
@@ -32,7 +31,6 @@ from sj_robust.training import (
     load_checkpoint,
     memory_order,
     retract_,
-    training_attack,
 )
 
 
@@ -372,48 +370,6 @@ def test_wrong_use(tmp_path, options, message):
         small_run.run(tmp_path, **options)
 
 
-@pytest.mark.parametrize(
-    ("mode", "training", "crafting"),
-    [
-        ("none", 1, 0),
-        ("gaussian", 2, 0),
-        ("at", 2, 1),
-        ("rat", 2, 1),
-        ("pgd_at", 1, 7),
-        ("trades", 2, 11),
-    ],
-)
-def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, crafting):
-    """The one pass of trades beyond its steps is the clean prediction."""
-    passes = []
-    steps = []
-
-    class Watching(Journal):
-        def on_step(self, losses):
-            steps.append((passes.count("training"), passes.count("crafting")))
-            passes.clear()
-
-    def note(module, args):
-        passes.append("training" if module.training else "crafting")
-
-    def build():
-        net = small_run.Net(0.0)
-        net.register_forward_pre_hook(note)
-        return net
-
-    chosen = MODES[mode]
-    rho = 0.0 if mode == "none" else chosen.rho
-    small_run.run(
-        tmp_path,
-        epochs=1,
-        build=build,
-        objective={"loss": chosen.loss, "kappa": chosen.kappa, "rho": rho},
-        perturb=training_attack(mode, eps=0.1),
-        journal=Watching(None),
-    )
-    assert steps[1:] == [(training, crafting)] * 3
-
-
 def tracing(test):
     """While torch traces, it looks at gradients of tensors that have none, and makes objects of its
     own functions.
@@ -434,10 +390,10 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
         calls.append(graph)
         return graph.forward
 
-    data = small_run.splits(32)
-    plain, _ = small_run.run(tmp_path / "plain", epochs=1, data=data)
+    options = {"epochs": 1, "data": small_run.splits(16), "attacks": {"pgd": small_run.ATTACK}}
+    plain, _ = small_run.run(tmp_path / "plain", **options)
     monkeypatch.setattr(compilation, "_BACKEND", backend)
-    history, classifier = small_run.run(tmp_path / "compiled", epochs=1, data=data, compile=True)
+    history, classifier = small_run.run(tmp_path / "compiled", **options, compile=True)
     assert calls
     assert history[0].losses == pytest.approx(plain[0].losses, rel=1e-5)
     assert_close(weights(tmp_path / "plain"), weights(tmp_path / "compiled"))
