@@ -390,7 +390,8 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
         calls.append(graph)
         return graph.forward
 
-    options = {"epochs": 1, "data": small_run.splits(16), "attacks": {"pgd": small_run.ATTACK}}
+    attacks = {"fgsm": small_run.ATTACK, "pgd": small_run.ATTACK}
+    options = {"epochs": 1, "data": small_run.splits(16), "attacks": attacks}
     plain, _ = small_run.run(tmp_path / "plain", **options)
     monkeypatch.setattr(compilation, "_BACKEND", backend)
     history, classifier = small_run.run(tmp_path / "compiled", **options, compile=True)
