@@ -392,23 +392,6 @@ def test_an_option_that_a_function_does_not_have(own):
         build_classifier(NetworkSpec("own_models:build", options={"widht": 5}))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "zoo:spiking_resnet18"}, "expects images with 3 channels, these have 1"),
-        ({"neuron": "izhikevich"}, "neuron must be"),
-        ({"tau": 0.99}, "tau must be > 1, got 0.99"),
-        ({"channels": (4, 0)}, r"convolution must have a width >= 1, got \[4, 0\]; omit"),
-        ({"name": "vgg5", "hidden": (-8,)}, r"layer must have a width >= 1, got \[-8\]; omit"),
-        ({"mean": (0.1, 0.2)}, r"one value per channel \(1\), got \(0.1, 0.2\)"),
-        ({"std": (0.1,), "frames": True}, "std is for images, not for event frames"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_classifier(NetworkSpec(**options))
-
-
 def test_checkpoints_return_the_same_network(tmp_path):
     spec = NetworkSpec(
         "wrn16_4",
