@@ -235,7 +235,7 @@ WRONG = [
     *each((perturbation_gains,), "margin", "1", None, -1.0, NAN),
     *each((perturbation_gains,), "tolerance", "1", None, -1.0, NAN),
     *each((verify,), "time_limit", "1", None, -1.0, NAN),
-    *each((verify,), "method", "crwon", "", 1),
+    *each((verify,), "method", "jonit", "crown", "", 1),
     *each((verify,), "on_batch", 3),
     *each((smooth,), "on_image", 3),
     *each((smooth,), "sigma", 0, -1, INF, "8/255"),
