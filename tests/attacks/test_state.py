@@ -52,7 +52,7 @@ def test_a_refusal_of_random_numbers_leaves_network_and_generators_as_they_were(
         spike_search(model, *batch, eps=0.1)
 
 
-@pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted", "fab"])
+@pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted"])
 def test_any_network_is_left_as_it_was(model, batch, name):
     with left_as_it_was(model):
         ATTACKS[name].run(model, *batch, 0.1)
@@ -332,7 +332,7 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
     )
 
 
-KINDS = each_in_turn(["pgd", "apgd", "spike_search", "fab", "square"], MODELS)
+KINDS = each_in_turn(["pgd", "apgd", "spike_search", "square"], MODELS)
 KINDS += [("pgd", "lif"), ("autoattack", "linear")]
 
 
