@@ -104,8 +104,9 @@ def gradient_draws(draws: int, threat: ThreatModel) -> int:
     a third of them, at least two. 梯度平均的前向次数。
 
     An attack of many steps that goes on after a first success averages over its steps as well, so
-    that more forwards in each step find little more (``docs/results/defences/gradient_draws.csv``). Attacks on
-    events stop at the first lead that is large enough, and average over all draws.
+    that more forwards in each step find little more
+    (``docs/results/defences/gradient_draws.csv``). Attacks on events stop at the first lead that is
+    large enough, and average over all draws.
 
     Examples:
         >>> threat = ThreatModel("Linf", 0.1)
