@@ -90,7 +90,7 @@ def autoattack(
     tracer = sys.gettrace()
 
     def of_its_dtype(images: Tensor) -> Tensor:
-        return model(images.to(x.dtype))
+        return model(images.to(x.dtype)).float()
 
     library = AutoAttack(
         of_its_dtype, norm=norm, eps=ball.eps, version=version, device=x.device, seed=0
