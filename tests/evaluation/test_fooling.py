@@ -21,8 +21,8 @@ Given = tuple[nn.Module, Tensor, Tensor]
 REFUSED = {
     "averages copies": "batch",
     "looks at the place": "batch",
-    "remembers outside": "attribute",
-    "shares its memory": "attribute",
+    "remembers outside": "asked before",
+    "shares its memory": "asked before",
     "remembers in a file": "open no file",
     "remembers in a module": "asked before",
     "caches": "asked before",
