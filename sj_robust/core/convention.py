@@ -178,9 +178,10 @@ def unreset(model: nn.Module, names: Iterable[str]) -> ValueError:
 def step_mode_of(net: nn.Module) -> str:
     """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
     for module in net.modules():
-        # A container of SpikingJelly 2.x may be a step module without a mode of its own.
-        if isinstance(module, base.StepModule) and hasattr(module, "step_mode"):
-            return str(module.step_mode)
+        # Of the containers without a mode of their own, those for many steps are MultiStepModules.
+        has_mode = isinstance(module, base.MultiStepModule) or hasattr(module, "step_mode")
+        if isinstance(module, base.StepModule) and has_mode:
+            return step_mode(module)
     return "m"
 
 
