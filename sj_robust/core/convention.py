@@ -78,9 +78,10 @@ def find_convention(
     通过试运行判断网络的约定。
 
     The rule: without T, or with the T that it has as an attribute, it takes images and repeats
-    them itself; else one step T times in step mode ``"s"`` and a sequence in step mode ``"m"``, or
-    images that it repeats T times. A few images show that its neurons run T steps then. The network
-    is left as it was; hooks on it are not called, unless it fits in no way without them.
+    them itself; else one step T times in step mode ``"s"``, or a sequence over which its forward
+    loops, and a sequence in step mode ``"m"``, or images that it repeats T times. A few images show
+    that its neurons run T steps then. The network is left as it was; hooks on it are not called,
+    unless it fits in no way without them.
 
     Args:
         net: The network.
@@ -211,12 +212,13 @@ class _Trial:
         step_modes = [one for one in self.net.modules() if isinstance(one, base.StepModule)]
         native: list[Takes] = ["steps", "sequence"]  # of a network that knows no step mode
         if step_modes:
-            native = ["steps"] if step_mode_of(self.net) == "s" else ["sequence"]
+            # a forward of its own may loop over the steps of neurons that take one
+            native = ["steps", "sequence"] if step_mode_of(self.net) == "s" else ["sequence"]
         if self.given is None:
             return ["images"]
         if own_steps(self.net) == self.given:
             return ["images", *native]
-        return native if native == ["steps"] else [*native, "images"]
+        return native if "steps" in native and step_modes else [*native, "images"]
 
     def fits(self, takes: Takes, *, surely: bool) -> Convention | None:
         """How the network is called, if it fits; ``surely`` if the caller says so."""
