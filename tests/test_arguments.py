@@ -322,7 +322,8 @@ def test_every_form_of_mean_and_std_is_the_same_plain_data(monkeypatch):
     ):
         mean, std = (form([value]) if form is not float else value for value in (0.25, 0.5))
         evaluate(Counted(), **RIGHT[evaluate] | {"mean": mean, "std": std, "T": np.int64(T)})
-    assert found == [{"T": T, "mean": (0.25,), "std": (0.5,)}] * 6
+    plain = {"T": T, "mean": (0.25,), "std": (0.5,), "decay": {}, "gain": {}}
+    assert found == [plain] * 6
     assert {type(one["T"]) for one in found} == {int}
     for one in found:
         assert type(one["mean"][0]) is float

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -66,6 +67,7 @@ FROM_FILES += ("proved_tables", "record")
 @pytest.fixture
 def study(request, monkeypatch):
     monkeypatch.syspath_prepend(STUDIES)
+    monkeypatch.delitem(sys.modules, request.param, raising=False)  # tests/defences, if imported
     return importlib.import_module(request.param)
 
 
