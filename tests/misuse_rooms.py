@@ -71,7 +71,7 @@ class Misuse:
 
     def __str__(self):
         kind = getattr(self.call, "func", self.call).__name__
-        return f"{kind} {self.named} {list(self.changes.values())[:1]}"[:60]
+        return f"{kind} {self.named}"
 
 
 def rows(call, *changes, error=ValueError):
@@ -98,24 +98,11 @@ def finetuned(**changes):
             assert torch.equal(weight, value)
 
 
-class Items(torch.utils.data.Dataset):
-    """A list as a data set."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
 def odd(image=lambda x: x, label=int):
     """Pairs, of which one is another."""
     items = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
     items[3] = image(X[3]), label(Y[3])
-    return Items(items)
+    return small_run.Items(items)
 
 
 def blank(*shape):
@@ -246,7 +233,7 @@ MISUSE = [
         finetuned,
         {"data": [1, 2]},
         {"data": (X, Y, Y)},
-        {"data": Items([{"image": X[0], "label": 0}] * 20)},
+        {"data": small_run.Items([{"image": X[0], "label": 0}] * 20)},
         {"data": TensorDataset(X, Y, Y)},
         {"data": odd(torch.Tensor.numpy)},
         {"data": odd(label=str)},

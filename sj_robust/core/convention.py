@@ -21,8 +21,8 @@ __all__ = [
     "find_convention",
     "kept_state",
     "own_steps",
+    "state_error",
     "step_mode_of",
-    "unreset",
 ]
 
 Takes = Literal["images", "sequence", "steps"]
@@ -166,7 +166,7 @@ def kept_state(
         return _state_in(kept, model, lambda: call(images), images.device, resets=resets)
 
 
-def unreset(model: nn.Module, names: Iterable[str]) -> ValueError:
+def state_error(model: nn.Module, names: Iterable[str]) -> ValueError:
     """The error of a model that keeps a state of these names. 状态未重置的错误。"""
     return ValueError(
         f"the network ({type(model).__name__}) keeps a state that functional.reset_net does not "
@@ -209,16 +209,15 @@ class _Trial:
 
     def order(self) -> list[Takes]:
         """The ways to be tried: that of the step mode, and of images which it repeats itself."""
-        step_modes = [one for one in self.net.modules() if isinstance(one, base.StepModule)]
-        native: list[Takes] = ["steps", "sequence"]  # of a network that knows no step mode
-        if step_modes:
-            # a forward of its own may loop over the steps of neurons that take one
-            native = ["steps", "sequence"] if step_mode_of(self.net) == "s" else ["sequence"]
+        known = any(isinstance(module, base.StepModule) for module in self.net.modules())
+        multi_step = known and step_mode_of(self.net) == "m"
+        # A forward of its own may loop over the steps of neurons that take one at a time.
+        native: list[Takes] = ["sequence"] if multi_step else ["steps", "sequence"]
         if self.given is None:
             return ["images"]
         if own_steps(self.net) == self.given:
             return ["images", *native]
-        return native if "steps" in native and step_modes else [*native, "images"]
+        return native if known and not multi_step else [*native, "images"]
 
     def fits(self, takes: Takes, *, surely: bool) -> Convention | None:
         """How the network is called, if it fits; ``surely`` if the caller says so."""
@@ -330,7 +329,7 @@ class _Trial:
         """The error that names a state which is not reset, if there is one."""
         with preserved(self.net, "all", hooks=self.hooks) as kept:
             names = _state_in(kept, self.net, lambda: self._call(takes, 2, T), self.device)
-        return unreset(self.net, names) if names else None
+        return state_error(self.net, names) if names else None
 
     def _call(self, takes: Takes, images: int, T: int) -> object:
         frames = self.frames(images, 1 if takes == "images" else T)

@@ -11,7 +11,7 @@ from filelock import FileLock
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.utils.data import DataLoader
-from training.small_run import splits
+from training.small_run import Items, splits
 
 import sj_robust
 from sj_robust import SpikingClassifier
@@ -100,7 +100,7 @@ def test_images_may_come_in_every_usual_form(kind):
         "tensors": (x, y),
         "data set": STRIPES.train,
         "loader": DataLoader(STRIPES.train, 4),
-        "classes as numbers": OfPairs(numbers),
+        "classes as numbers": Items(numbers),
     }
     report = finetune(linear(), given[kind], **QUICK)
     assert report.dataset == "images"
@@ -129,20 +129,7 @@ def test_figures_of_the_images_that_selected_the_epoch_are_warned_of():
     assert finetune(linear(), STRIPES, **QUICK).warnings == ()
 
 
-class OfPairs(torch.utils.data.Dataset):
-    """As torchvision gives images with numbers for classes."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        return self.pairs[index]
-
-
-class SomeShifted(OfPairs):
+class SomeShifted(Items):
     """Another noise in every pass on some of the images, from a generator that nobody seeds."""
 
     def __init__(self, pairs):
@@ -303,7 +290,7 @@ def test_images_that_are_drawn_anew_in_every_pass_are_told_by_their_labels(tmp_p
     options = KEPT | {"data": drawn, "folder": tmp_path}
     finetune(net, **options)
     finetune(linear(), **options)
-    shifted = SomeShifted([(x, (y + 1) % 3) for x, y in drawn.pairs])
+    shifted = SomeShifted([(x, (y + 1) % 3) for x, y in drawn.items])
     with pytest.raises(ValueError, match="images and labels: "):
         finetune(linear(), **options | {"data": shifted})
 
@@ -366,13 +353,6 @@ def test_a_compiled_network_is_trained_without_its_compilation(how):
 def test_a_training_that_moves_no_weight_is_an_error():
     with pytest.raises(ValueError, match="lr"):
         finetune(linear(), STRIPES, **QUICK | {"lr": 1e-30})
-
-
-def pairs(image=lambda x: x, label=int, number=3):
-    """A data set with one odd item."""
-    items = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
-    items[number] = image(items[number][0]), label(items[number][1])
-    return OfPairs(items)
 
 
 @pytest.mark.slow
