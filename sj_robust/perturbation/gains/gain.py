@@ -1,11 +1,9 @@
 """How much the leaky sum of a neuron can amplify a perturbation."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sj_robust.neuron.charging import Charging
@@ -20,8 +18,6 @@ __all__ = [
     "time_operator",
 ]
 
-Array = NDArray[np.float64]
-
 
 class NeuronGains(NamedTuple):
     """Gains of one neuron over T steps, each per unit of the norm of the linear map before it.
@@ -30,7 +26,6 @@ class NeuronGains(NamedTuple):
         decay: Fraction of the potential kept per step.
         input_gain: Fixed times learnable input gain of every step [T], float64.
         l2: Exact L2 gain over T steps.
-        l2_limit: Its limit for T -> infinity; None if the input gain changes over time.
         peak: Exact constant from L2 to the peak over time.
         printed: ``sqrt(1 / (1 - decay))`` of Theorem 3.1.
     """
@@ -38,7 +33,6 @@ class NeuronGains(NamedTuple):
     decay: float
     input_gain: Tensor
     l2: float
-    l2_limit: float | None
     peak: float
     printed: float
 
@@ -88,15 +82,9 @@ def l2_gain(
 
         ||eps||_2 <= l2_gain * ||W||_2 * ||Ds||_2
 
-    with equality for the worst ``Ds``. The gain is below gamma exactly while ``r[t] < 1`` for all t
-    in ::
-
-        r[t] = (input_gain[t] / gamma)^2 + decay^2 * r[t-1] / (1 - r[t-1]),    r[-1] = 0
-
-    (the pivots ``1 - r`` of a Cholesky factorisation of the tridiagonal ``L^-1 L^-T -
-    diag(input_gain)^2 / gamma^2``; a sum of positive terms, so nothing cancels). gamma is found by
-    section to a relative 1e-12, rounded up. O(T). The result [...] is float64 on the CPU, without a
-    graph; for a differentiable term see :func:`gain_penalty`.
+    with equality for the worst ``Ds``: the largest singular value of :func:`time_operator`, rounded
+    up. The result [...] is float64 on the CPU, without a graph; for a differentiable term see
+    :func:`gain_penalty`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...]; 1 for
@@ -107,13 +95,15 @@ def l2_gain(
     Raises:
         ValueError: If ``decay`` or ``T`` is out of range, or ``input_gain`` does not fit.
 
-    Source: derived here; the recursion is the bounded real lemma for finite time (dqds form).
+    Source: derived here.
 
     Examples:
         >>> [round(float(l2_gain(0.99, T)), 3) for T in (4, 8, 16)]
         [2.843, 5.264, 9.887]
     """
-    return _per_sequence(_largest_singular_value, decay, T, input_gain)
+    operator = time_operator(decay, T, input_gain).detach().cpu()
+    norm: Tensor = torch.linalg.matrix_norm(operator, 2)
+    return norm * (1.0 + 1e-12)
 
 
 def peak_gain(
@@ -145,7 +135,8 @@ def peak_gain(
         >>> round(float(peak_gain(0.99, 8)), 3)
         2.732
     """
-    return _per_sequence(_largest_row_norm, decay, T, input_gain)
+    operator = time_operator(decay, T, input_gain).detach().cpu()
+    return torch.linalg.vector_norm(operator, dim=-1).amax(-1)
 
 
 def l2_gain_limit(decay: float | Tensor) -> Tensor:
@@ -206,12 +197,12 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
     Raises:
         ValueError: If a value is out of range or the neuron has fewer gains than T.
 
-    Source: :func:`l2_gain`, :func:`peak_gain`, :func:`l2_gain_limit`, :func:`printed_gain`.
+    Source: :func:`l2_gain`, :func:`peak_gain`, :func:`printed_gain`.
 
     Examples:
         >>> gains = neuron_gains(Charging(decay=0.5, gain=0.5), T=8)
-        >>> round(gains.l2, 3), gains.l2_limit
-        (0.913, 1.0)
+        >>> round(gains.l2, 3)
+        0.913
     """
     decay = torch.as_tensor(charging.decay, dtype=torch.float64).detach().cpu()
     learned = charging.input_gain
@@ -224,16 +215,10 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         )
     fixed = torch.as_tensor(charging.gain, dtype=torch.float64).detach().cpu()
     gains = fixed * learned.detach().cpu().double()[:T]
-    first = gains[0].abs()
-    constant = bool((gains.abs() == first).all())
-    l2_limit = None
-    if constant and first != 0:
-        l2_limit = float(l2_gain_limit(decay) * first)
     return NeuronGains(
         decay=float(decay),
         input_gain=gains,
         l2=float(l2_gain(decay, T, gains)),
-        l2_limit=l2_limit,
         peak=float(peak_gain(decay, T, gains)),
         printed=float(printed_gain(decay)),
     )
@@ -261,72 +246,10 @@ def _checked(
     if not bool(torch.isfinite(gains).all()):
         raise ValueError("input_gain must be finite, but holds NaN or infinity")
     try:
-        np.broadcast_shapes(decays.shape, gains.shape[:-1])
-    except ValueError:
+        torch.broadcast_shapes(decays.shape, gains.shape[:-1])
+    except RuntimeError:
         raise ValueError(
             f"decay [...] and input_gain [..., T] must broadcast, got {tuple(decays.shape)} and "
             f"{tuple(gains.shape)}"
         ) from None
     return decays.to(gains.device), gains
-
-
-def _per_sequence(
-    gain: Callable[[Array, Array], Array],
-    decay: float | Tensor,
-    T: int,
-    input_gain: Tensor | Sequence[float] | None,
-) -> Tensor:
-    """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a
-    largest of 1.
-    """
-    decays, gains = _checked(decay, T, input_gain)
-    decays = decays.detach().cpu()
-    sizes = gains.detach().cpu().abs()
-    shape = np.broadcast_shapes(decays.shape, sizes.shape[:-1])
-    flat = decays.expand(shape).reshape(-1).numpy()
-    by_sequence = sizes.expand(*shape, T).reshape(-1, T)
-    columns = by_sequence.T.numpy()
-    largest: Any = columns.max(axis=0)
-    scaled = columns / np.where(largest > 0, largest, 1.0)
-    found = gain(flat, scaled) * largest
-    return torch.from_numpy(np.asarray(found)).reshape(shape)
-
-
-def _largest_row_norm(decays: Array, gains: Array) -> Array:
-    total = np.zeros_like(decays)
-    largest = np.zeros_like(decays)
-    for squared in gains**2:
-        total = decays**2 * total + squared
-        largest = np.maximum(largest, total)
-    return np.sqrt(largest)
-
-
-def _largest_singular_value(decays: Array, gains: Array) -> Array:
-    """By section on a geometric grid between the peak gain and sqrt(T) times it, many candidates
-    per sweep.
-    """
-    low = np.log(np.maximum(_largest_row_norm(decays, gains), 1.0))
-    high = low + 0.5 * np.log(len(gains)) + 1e-12
-    candidates = max(2, 2048 // max(len(decays), 1))
-    fractions = np.arange(1, candidates) / candidates
-    while (high - low).max(initial=0.0) > 1e-14:
-        grid = low + fractions[:, None] * (high - low)
-        above = _is_above(np.exp(grid), decays, gains)
-        below = (~above).sum(axis=0)
-        width = (high - low) / candidates
-        high = low + (below + 1) * width
-        low = low + below * width
-    return np.where(gains.any(axis=0), np.exp(high), 0.0)
-
-
-def _is_above(candidates: Array, decays: Array, gains: Array) -> NDArray[np.bool_]:
-    """Whether each candidate [k, n] is above the gain of its sequence; see :func:`l2_gain`."""
-    inverse = candidates**-2.0
-    squared_decays = decays**2
-    r = np.zeros_like(candidates)
-    above = np.ones(candidates.shape, dtype=bool)
-    for squared in gains**2:
-        r = squared * inverse + squared_decays * (r / (1.0 - r))
-        above &= r < 1.0
-        np.minimum(r, 0.5, out=r, where=~above)
-    return above

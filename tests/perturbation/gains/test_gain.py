@@ -1,5 +1,5 @@
-"""Gains over time against dense linear algebra; their table in docs/concepts/stability.md is a test
-as well.
+"""Gains over time against the matrix that the perturbation's own recursion makes; their table in
+docs/concepts/stability.md is a test as well.
 """
 
 import itertools
@@ -21,8 +21,11 @@ from sj_robust.perturbation.gains.gain import neuron_gains, time_operator
 assert_near = partial(assert_close, rtol=1e-10, atol=0)
 
 
-def dense_l2(decay, T, p=None):
-    return torch.linalg.matrix_norm(time_operator(decay, T, p), 2)
+def by_recursion(decay, T, p=None):
+    """The recursion of the perturbation applied to every unit vector, as a matrix [T, T]."""
+    gain = 1.0 if p is None else p
+    units = torch.eye(T).double()
+    return simplified_perturbation(units, torch.zeros_like(units), decay=float(decay), gain=gain)
 
 
 def random_problem(n, T):
@@ -36,25 +39,21 @@ def random_problem(n, T):
     return decay, p
 
 
-def test_the_operator_is_the_perturbation_without_reset():
-    p = torch.randn(6).double()
-    dx = torch.randn(6, 5).double()
-    zeros = torch.zeros_like(dx)
-    eps = simplified_perturbation(dx, zeros, decay=0.8, gain=p)
-    operator = time_operator(0.8, 6, p)
-    assert_close(operator @ dx, eps)
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 40])
+def test_gains_are_those_of_the_recursion(T):
+    decays, gains = random_problem(12, T)
+    l2 = l2_gain(decays, T, gains)
+    peak = peak_gain(decays, T, gains)
+    for i, (decay, p) in enumerate(zip(decays, gains, strict=True)):
+        matrix = by_recursion(decay, T, p)
+        assert_near(time_operator(decay, T, p), matrix)
+        assert_near(l2[i], torch.linalg.svdvals(matrix)[0])
+        assert_near(peak[i], matrix.square().sum(1).sqrt().max())
+        assert l2[i] >= torch.linalg.matrix_norm(matrix, 2)
+    assert_near(l2_gain(0.5, T), torch.linalg.svdvals(by_recursion(0.5, T))[0])
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 7, 40, 200])
-def test_gains_equal_dense_linear_algebra(T):
-    decay, p = random_problem(24, T)
-    assert_near(l2_gain(decay, T, p), dense_l2(decay, T, p))
-    assert_near(l2_gain(decay, T), dense_l2(decay, T))
-    rows = torch.linalg.vector_norm(time_operator(decay, T, p), dim=-1)
-    assert_close(peak_gain(decay, T, p), rows.amax(-1), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("T", [1, 2, 50, 2000])
+@pytest.mark.parametrize("T", [1, 2, 50, 500])
 @pytest.mark.parametrize("decay", [1e-3, 0.5, 0.99, 1 - 1e-7])
 def test_peak_of_constant_gains_is_a_geometric_sum(decay, T):
     rate = 2 * math.log(decay)
@@ -62,7 +61,7 @@ def test_peak_of_constant_gains_is_a_geometric_sum(decay, T):
     assert float(peak_gain(decay, T)) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("T", [1, 2, 9, 4000])
+@pytest.mark.parametrize("T", [1, 2, 9, 500])
 def test_without_leak_the_gain_is_the_norm_of_a_cumulative_sum(T):
     expected = 0.5 / math.sin(math.pi / (4 * T + 2))
     assert l2_gain(1.0, T).item() == pytest.approx(expected, rel=1e-10)
@@ -71,10 +70,10 @@ def test_without_leak_the_gain_is_the_norm_of_a_cumulative_sum(T):
     assert printed_gain(1.0) == math.inf
 
 
-def test_gains_of_thousands_of_steps_come_near_their_limit():
+def test_gains_of_many_steps_come_near_their_limit():
     some = l2_gain(0.99, 100)
-    many = l2_gain(0.99, 4000)
-    assert some < many < l2_gain_limit(0.99) < 1.003 * many
+    many = l2_gain(0.99, 1000)
+    assert some < many < l2_gain_limit(0.99) < 1.05 * many
 
 
 def test_broadcasting():
@@ -124,7 +123,6 @@ def test_gains_of_neurons_with_a_fixed_gain(build, decay, gain):
     expected = {
         "decay": decay,
         "l2": gain * l2_gain(decay, 6).item(),
-        "l2_limit": gain * l2_gain_limit(decay).item(),
         "peak": gain * peak_gain(decay, 6).item(),
         "printed": printed_gain(decay).item(),
     }
@@ -145,12 +143,9 @@ def test_gains_of_a_dlif_neuron_follow_what_it_learned():
     for T in (5, 3):
         gains = neuron_gains(charging, T)
         assert_close(gains.input_gain, learned[:T].double())
-        expected = dense_l2(0.9, T, learned[:T])
-        assert gains.l2 == pytest.approx(float(expected), rel=1e-10)
-        assert gains.l2_limit is None
+        expected = torch.linalg.svdvals(by_recursion(0.9, T, learned[:T].double()))[0]
+        assert gains.l2 == pytest.approx(float(expected), rel=1e-7)
     with pytest.raises(ValueError, match="at most the neuron's 5 input gains, got 6"):
         neuron_gains(charging, 6)
     silent = Charging(0.9, input_gain=torch.zeros(3))
     assert neuron_gains(silent, 3).l2 == 0
-    alternating = neuron_gains(Charging(0.9, input_gain=torch.tensor([-2.0, 2.0, -2.0])), 3)
-    assert alternating.l2_limit == pytest.approx(2 * l2_gain_limit(0.9).item())
