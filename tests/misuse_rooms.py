@@ -28,7 +28,8 @@ from sj_robust.perturbation import (
     tasad,
 )
 from sj_robust.perturbation.dynamics import full_perturbation, spike_train_distance
-from sj_robust.perturbation.gains import (
+from sj_robust.perturbation.intensity import intensity_correlation
+from sj_robust.proofs.gains import (
     gain_penalty,
     input_maps,
     l2_gain,
@@ -37,7 +38,6 @@ from sj_robust.perturbation.gains import (
     peak_gain,
     printed_gain,
 )
-from sj_robust.perturbation.intensity import intensity_correlation
 from sj_robust.training import (
     CertifiedOptions,
     GradientSparsity,

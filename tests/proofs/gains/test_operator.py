@@ -16,10 +16,10 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import fuse
-from sj_robust.perturbation.gains import _affine, perturbation_gains
-from sj_robust.perturbation.gains._lanczos import largest_singular_value
-from sj_robust.perturbation.gains.operator import INPUT, input_maps
 from sj_robust.proofs import no_flip_radius, smooth
+from sj_robust.proofs.gains import _affine, perturbation_gains
+from sj_robust.proofs.gains._lanczos import largest_singular_value
+from sj_robust.proofs.gains.operator import INPUT, input_maps
 
 NODE = partial(neuron.LIFNode, step_mode="m")
 

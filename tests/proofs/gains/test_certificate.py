@@ -16,16 +16,16 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation.gains import (
+from sj_robust.proofs import no_flip_radius
+from sj_robust.proofs.gains import (
     Certificate,
     certificate,
     l2_gain,
     peak_gain,
     perturbation_gains,
 )
-from sj_robust.perturbation.gains.certificate import Bound
-from sj_robust.perturbation.gains.operator import INPUT
-from sj_robust.proofs import no_flip_radius
+from sj_robust.proofs.gains.certificate import Bound
+from sj_robust.proofs.gains.operator import INPUT
 
 
 def small(T, step_mode="m", seed=0):

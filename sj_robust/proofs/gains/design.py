@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sj_robust.neuron.charging import Charging, find_neurons
-from sj_robust.perturbation.gains.gain import l2_gain, neuron_gains, peak_gain, time_operator
+from sj_robust.proofs.gains.gain import l2_gain, neuron_gains, peak_gain, time_operator
 
 __all__ = ["GainDesign", "gain_penalty", "gain_scalars", "optimal_input_gain"]
 

@@ -12,7 +12,7 @@ from sj_robust.core.convention import Takes, step_mode_of
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import full_precision, preserved
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.perturbation.gains._affine import (
+from sj_robust.proofs.gains._affine import (
     INPUT,
     POOLINGS,
     AffineMap,
@@ -20,7 +20,7 @@ from sj_robust.perturbation.gains._affine import (
     call_key,
     cut_run,
 )
-from sj_robust.perturbation.gains._lanczos import SingularValue, largest_singular_value
+from sj_robust.proofs.gains._lanczos import SingularValue, largest_singular_value
 
 __all__ = ["INPUT", "InputMap", "input_maps"]
 

@@ -22,10 +22,10 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.preserved import full_precision, preserved
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.perturbation.gains._measure import Moved, first_frame, measure, per_step
-from sj_robust.perturbation.gains.certificate import Bound, Certificate, LayerCertificate
-from sj_robust.perturbation.gains.gain import NeuronGains, l2_gain_limit, neuron_gains
-from sj_robust.perturbation.gains.operator import InputMap, input_maps
+from sj_robust.proofs.gains._measure import Moved, first_frame, measure, per_step
+from sj_robust.proofs.gains.certificate import Bound, Certificate, LayerCertificate
+from sj_robust.proofs.gains.gain import NeuronGains, l2_gain_limit, neuron_gains
+from sj_robust.proofs.gains.operator import InputMap, input_maps
 from sj_robust.proofs.no_flip import no_flip_radius
 
 __all__ = ["perturbation_gains"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.convention import Convention, Takes
 from sj_robust.core.host import first_argument, step_mode
-from sj_robust.perturbation.gains._affine import INPUT
-from sj_robust.perturbation.gains.gain import NeuronGains
+from sj_robust.proofs.gains._affine import INPUT
+from sj_robust.proofs.gains.gain import NeuronGains
 
 __all__ = ["Moved", "first_frame", "measure", "per_step"]
 

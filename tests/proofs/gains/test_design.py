@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.perturbation.gains import gain_penalty, l2_gain, optimal_input_gain, peak_gain
-from sj_robust.perturbation.gains.design import gain_scalars
-from sj_robust.perturbation.gains.gain import time_operator
+from sj_robust.proofs.gains import gain_penalty, l2_gain, optimal_input_gain, peak_gain
+from sj_robust.proofs.gains.design import gain_scalars
+from sj_robust.proofs.gains.gain import time_operator
 from sj_robust.training import Objective, StabilityGain
 
 CASES = [("l2", "mean"), ("l2", "response"), ("peak", "mean")]

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from sj_robust import DLIFNode
 from sj_robust.neuron.charging import Charging, find_neurons
 from sj_robust.perturbation import simplified_perturbation
-from sj_robust.perturbation.gains import l2_gain, l2_gain_limit, peak_gain, printed_gain
-from sj_robust.perturbation.gains.gain import neuron_gains, time_operator
+from sj_robust.proofs.gains import l2_gain, l2_gain_limit, peak_gain, printed_gain
+from sj_robust.proofs.gains.gain import neuron_gains, time_operator
 
 assert_near = partial(assert_close, rtol=1e-10, atol=0)
 
