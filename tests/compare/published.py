@@ -5,7 +5,7 @@ python tests/compare/published.py CHECKOUT [--rat CHECKOUT_OF_SNN_RAT] [--checkp
 
 CHECKOUT is a clone of github.com/DingJianhao/stable-snn. Its modules are imported as they are and
 run on the CPU, its training by its own ``main``, in float64, so that no spike next to the threshold
-goes either way by rounding. Prints the tables of docs/compare/published_code.md, and ends with 1 if
+goes either way by rounding. Prints the tables of docs/migrating.md, and ends with 1 if
 something differs by more than rounding. Needs the extras ``compare`` and ``recipes``.
 """
 

@@ -315,7 +315,7 @@ PAGES = Sybil(
 )
 SLOW = {"README", "distributed", "event_attacks", "faq", "finetune"}
 SLOW |= {"gradient_masking", "stability", "verified", "verified_events"}
-SLOW |= {"autoattack_robustbench", "foolbox", "joint", "spikes_not_surrogates"}
+SLOW |= {"compare", "joint", "spikes_not_surrogates"}
 
 
 @cache
