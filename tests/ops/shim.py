@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-KERNEL = (HERE.parents[2] / "sj_robust" / "ops" / "dlif" / "kernel.cu").read_text()
 SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
@@ -124,7 +123,7 @@ def run_sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
         paths.append(found.stdout.strip())
     assert all(map(os.path.isabs, paths)), "g++ has no AddressSanitizer runtime: install libasan"
     environment = {**os.environ, "LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
-    environment["PYTHONPATH"] = f"{HERE.parents[1]}:{HERE.parents[2]}"
+    environment["PYTHONPATH"] = f"{HERE.parent}:{HERE.parents[1]}"
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
