@@ -313,7 +313,7 @@ PAGES = Sybil(
     setup=lambda namespace: namespace.update({"__name__": "example", PAGE: Page()}),
     teardown=lambda namespace: namespace[PAGE].close(),
 )
-SLOW = {"README", "distributed", "event_attacks", "faq", "finetune"}
+SLOW = {"README", "distributed", "event_attacks", "faq"}
 SLOW |= {"gradient_masking", "stability", "verified", "verified_events"}
 SLOW |= {"compare", "joint", "spikes_not_surrogates"}
 
