@@ -4,7 +4,7 @@ the class of the error and the argument that its message names.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
 from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
 from sj_robust.data.stored import contents
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, SurrogateOverlap
+from sj_robust.defences.stog import GateRates
 from sj_robust.models import ConvChain, NetworkSpec, build_classifier
 from sj_robust.models.chain import FullyConnected
 from sj_robust.perturbation import (
@@ -41,10 +42,14 @@ from sj_robust.proofs.gains import (
 )
 from sj_robust.training import (
     CertifiedOptions,
+    ForwardPasses,
     GradientSparsity,
     Objective,
+    StabilityGain,
+    TemporalOrthogonality,
     ThresholdGuarding,
     TrainingPlan,
+    WeightMagnitude,
     finetune,
     retract_,
     training_attack,
@@ -116,6 +121,15 @@ def objective(**changes):
 
 def certified(**changes):
     return objective(**{"loss": "certified", "certified_eps": 0.1} | changes)
+
+
+def penalised(penalty, net=None):
+    """One forward of the objective with a penalty that does not fit the network."""
+    model = SpikingClassifier(net or linear(), T=T, takes="sequence")
+    passes = ForwardPasses(model, Y[:2], X[:2], None, None, None)
+    with penalty.observe(model):
+        logits = model(X[:2])
+    penalty.value(replace(passes, logits=logits.requires_grad_()))
 
 
 def flips(**changes):
@@ -301,6 +315,18 @@ MISUSE = [
     *rows(crafted, {"noise_std": 0.0}, {"step_size": 0.0}, {"steps": 0}, {"eps": 8}),
     *rows(GradientSparsity, {"weight": -1.0}, {"h": 0.0, "weight": 1.0}),
     *rows(ThresholdGuarding, {"weight": NAN}, {"margin": 0.0, "weight": 1.0}),
+    *(
+        Misuse(penalised, {"penalty": penalty}, (ValueError, TypeError, RuntimeError), name)
+        for penalty, name in {
+            ThresholdGuarding(1.0, layers=["9"]): "9",
+            SurrogateOverlap(1.0, layers=["9"]): "9",
+            TemporalOrthogonality(1.0): "OrthogonalEncoder",
+            GateRates(1.0): "StochasticGate",
+            StabilityGain(1.0): "DLIF",
+        }.items()
+    ),
+    Misuse(penalised, {"penalty": WeightMagnitude(1.0), "net": nn.Flatten(2)}, name="l1"),
+    Misuse(penalised, {"penalty": ThresholdGuarding(1.0), "net": Unknown()}, name="Unknown"),
     *rows(retraction, {"beta": -0.1}, {"beta": math.inf}, {"beta": NAN}),
     *rows(
         monitor,

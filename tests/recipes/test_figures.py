@@ -27,7 +27,7 @@ from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 from sj_robust.training import save_checkpoint
-from sj_robust.training.history import EpochRecord
+from sj_robust.training.journal import EpochRecord
 
 HISTORY = [
     EpochRecord(
