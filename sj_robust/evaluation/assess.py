@@ -9,15 +9,12 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import plain_eps
-from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
@@ -44,6 +41,7 @@ from sj_robust.evaluation.run.suites import (
     UNSEARCHED,
     Suite,
     SuiteName,
+    allowed_by,
     check_shape,
     make_suite,
 )
@@ -51,7 +49,7 @@ from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
 
-__all__ = ["assess"]
+__all__ = ["DIAGNOSED", "assess"]
 
 _Found = TypeVar("_Found")
 
@@ -59,7 +57,8 @@ _FIRST = 256
 """Images that firing is counted on, estimators are chosen on and accuracy over eps is measured on,
 at most.
 """
-_DIAGNOSED = 40
+DIAGNOSED = 40
+"""Images that are checked for gradient masking, at most."""
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -314,8 +313,8 @@ class _Parts:
         def compute() -> list[dict[str, Any]]:
             found = diagnose(
                 self.model,
-                self.x[:_DIAGNOSED],
-                self.y[:_DIAGNOSED],
+                self.x[:DIAGNOSED],
+                self.y[:DIAGNOSED],
                 threat=self.threat,
                 seed=self.request.seed,
                 estimators=None if searched else (),
@@ -336,13 +335,7 @@ class _Parts:
         """The report with attacks on a plain copy of the network, those that it allows, on the
         images that the suite has left.
         """
-        gradient = self._has_plain_gradient
-        allowed = []
-        for member in members:
-            if _is_square(member) and self.x.ndim == 4:
-                allowed.append(member)
-            if gradient and not _is_square(member):
-                allowed.append(member)
+        allowed = allowed_by(self.plain, members, self.x)
         if not allowed:
             return report
         self.say("signs of gradient masking: attacks on a plain copy of the network")
@@ -360,17 +353,6 @@ class _Parts:
             f"{'the network itself' if self.plain is None else 'a plain copy of the network'}",
             warnings=(*report.warnings, *outcome.warnings),
         )
-
-    @property
-    def _has_plain_gradient(self) -> bool:
-        if self.plain is None:
-            return False
-        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(self.plain):
-            try:
-                logits: Tensor = self.plain(self.x[:1].clone().requires_grad_())
-            except Exception:  # a forward that does not take tensors which record their graph
-                return False
-            return logits.requires_grad
 
     def _run(
         self,
@@ -401,10 +383,6 @@ class _Parts:
             folder = self.request.folder
             found[0] = computed_once(folder and folder / name, key, compute)
         return gathered(found)[0]
-
-
-def _is_square(member: Member) -> bool:
-    return isinstance(member.attack, partial) and member.attack.func is square
 
 
 def _suite(
