@@ -37,7 +37,7 @@ QUICK = [
 """Files and folders whose tests are quick, but for those marked slow: a cross-section."""
 
 pytest_collect_file = PAGES.pytest()
-collect_ignore_glob = ["docs/*.py", "docs/*/*.py", "tests/packaging/*.py"]
+collect_ignore_glob = ["docs/*.py", "docs/*/*.py", "recipes/studies/*.py", "tests/packaging/*.py"]
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob.append("sj_robust/ops/*/triton_kernel.py")
 if importlib.util.find_spec("spikingjelly.activation_based.model.spikformer") is None:

@@ -324,17 +324,16 @@ from lab.tracking import tracked
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.core.checks import check_choice
+from sj_robust.core.digest import fingerprint
 from sj_robust.core.folders import locked
 from sj_robust.data import Augmentation, ImageSplits, load_images
 from sj_robust.data.stored import contents
 from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report
-from sj_robust.evaluation.run.fingerprint import code_of, fingerprint
 from sj_robust.models import NetworkSpec, build_classifier, start_from
-from sj_robust.models.build import NETWORKS, check_has_neuron, options_for_lif
+from sj_robust.models.build import NETWORKS, check_has_neuron, code_of, options_for_lif
 from sj_robust.models.checkpoint import check_same_run, load_run
-from sj_robust.models.foreign import find_function
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
@@ -376,8 +375,7 @@ def main(arguments: list[str]) -> None:
     with checked():  # before there is a folder
         threat = evaluation_threat(options)
         check_events(options, splits)
-        # before a network is built, which may change it
-        code = own_code(network_spec(options, splits))
+        code = code_of(network_spec(options, splits))
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
             attacks = [attack, *attacks_of_report(options).values()]
@@ -543,11 +541,6 @@ def train_network(
     best = training.load_checkpoint(network_folder / "best.pt")
     objective.classifier.load_state_dict(best["model"])
     return objective.classifier, history
-
-
-def own_code(spec: NetworkSpec) -> dict[str, str]:
-    """Digest of the code that builds a network of one's own; nothing for any other network."""
-    return code_of(find_function(spec.name)) if spec.is_own else {}
 
 
 def prepared(

@@ -4,9 +4,6 @@ Examples:
     python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
     python recipes/figures.py runs/digits-dlif-at-1 --which gains curves  # some of them
     python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
-    python recipes/figures.py --which joint --output figures  # joint bounds in proofs; needs no run
-    python recipes/figures.py RUN --which ground_truth --eps 0.1  # small networks: exact
-    python recipes/figures.py RUN --which events              # frames before and after an attack
     python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
     python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
 
@@ -28,7 +25,6 @@ from lab.command_line import (
 )
 from lab.command_line.declared import (
     DatasetName,
-    Needs,
     NonNegativeInt,
     OutputFolder,
     PositiveInt,
@@ -36,11 +32,7 @@ from lab.command_line.declared import (
 )
 from tyro.conf import Positional
 
-from sj_robust.core.extras import check_extra
-
-_Figure = Literal[
-    "all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth", "joint", "events"
-]
+_Figure = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +41,8 @@ class Options:
 
     # figures
     run: Annotated[str | None, Positional] = None
-    """Folder of a run of adv_train, of one of its networks, or of a sweep; the figures neuron
-    and joint need none."""
+    """Folder of a run of adv_train, of one of its networks, or of a sweep; the figure neuron
+    needs none."""
     which: tuple[_Figure, ...] = ("all",)
     """Figures to draw:
     - neuron: one LIF neuron (figure 1 of the paper).
@@ -58,33 +50,20 @@ class Options:
     - gains: learned input gains (figure 4).
     - curves: training curves (figure 5).
     - intensity: indicators and heat maps over eps.
-    - ground_truth: exact robust accuracy of a small network.
-    - joint: proofs by joint bounds.
-    - events: event frames before and after an attack, also as an animation, and the events that a
-    proof leaves open, for the --flips or --moves used in training.
-    - all: every figure for which the folder has numbers, except the last three."""
+    - all: every figure for which the folder has numbers."""
     columns: list[str] | None = None
     """For the figure rho: columns to show, as shell patterns such as pgd20 or paper/*; None: the
     default ones."""
 
-    # intensity and ground truth
+    # intensity
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
-    """For the figures intensity and ground_truth: perturbation sizes in increasing order, for
-    images in [0, 1], such as 0.1 or 8/255."""
-    suites: Annotated[
-        tuple[Literal["paper", "fast", "standard", "gradient", "autoattack", "gradients"], ...],
-        Needs(check_extra),
-    ] = ("gradients", "paper", "fast", "standard")
-    """For the figure ground_truth: suites of evaluate.py to measure."""
-    time_limit: float = 30.0
-    """For the figure ground_truth: time limit of the mixed-integer program, in seconds per
-    image."""
+    """Perturbation sizes in increasing order, for images in [0, 1], such as 0.1 or 8/255."""
     steps: PositiveInt = 10
-    """For the figure intensity: number of attack steps."""
+    """Number of attack steps."""
     images: PositiveInt = 360
-    """For the figures intensity, ground_truth and events: largest number of test images."""
+    """Largest number of test images."""
     resamples: PositiveInt = 200
-    """For the figure intensity: number of bootstrap samples for its confidence intervals."""
+    """Number of bootstrap samples for its confidence intervals."""
     dataset: DatasetName | None = None
     """Data set, as in adv_train.py; None: that of the checkpoint."""
     data_root: str = "data"
@@ -111,9 +90,6 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
-from lab.figures.events import event_pictures
-from lab.figures.ground_truth import ground_truth
-from lab.figures.joint import joint_bounds
 from lab.run_folder import removed_if_unused
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
@@ -122,30 +98,15 @@ from torch import Tensor
 
 from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel, pgd
-from sj_robust.classifier import check_classifier
 from sj_robust.core.console import working
-from sj_robust.data import image_loader, load_images
-from sj_robust.evaluation.run.suites import check_suite
+from sj_robust.data import load_images
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
-from sj_robust.models import pretrained
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, intensity_correlation
 from sj_robust.perturbation.intensity import Perturbation
 
-_RADII = {
-    "digits/dlif-at-mppd": (0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016),
-    "digits/dlif-certified": (0.1, 0.12),
-}
-"""Networks of the figure joint, and their radii."""
-
-_ATTACKED = 32
-"""Samples that the figure events chooses one from."""
-
 _OF_A_RUN = ["neuron", "gains", "curves", "intensity"]
 """Figures that ``all`` stands for where the folder is a run of adv_train."""
-
-_WITHOUT_A_RUN = {"neuron", "joint"}
-"""Figures that need no folder of a run."""
 
 
 def main(arguments: list[str]) -> None:
@@ -166,18 +127,14 @@ def main(arguments: list[str]) -> None:
         "curves": curves,
         "intensity": intensity,
         "rho": rho,
-        "ground_truth": truth,
-        "joint": joint,
-        "events": events,
     }
     chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
         is_sweep = options.run is not None and not networks_in(options)
         chosen = ["rho"] if is_sweep else _OF_A_RUN
-    if options.run is None and not _WITHOUT_A_RUN.issuperset(chosen):
+    if options.run is None and chosen != ["neuron"]:
         raise WrongUse(
-            "give the folder of a run of adv_train or of a sweep; --which neuron and joint alone "
-            "need none"
+            "give the folder of a run of adv_train or of a sweep; --which neuron alone needs none"
         )
     if options.run is None and options.output is None:
         raise WrongUse(
@@ -200,30 +157,15 @@ def main(arguments: list[str]) -> None:
 
 
 def check_budgets(options: Options, chosen: Sequence[str]) -> None:
-    """Raise ValueError for a radius or suite before the first figure is drawn, not after."""
-    suites = options.suites if "ground_truth" in chosen else []
-    attacked = "intensity" in chosen or "ground_truth" in chosen
-    sizes = options.eps if attacked else []
-    for size in sizes:
-        threat = ThreatModel("Linf", size)
-        if threat.eps <= 0:
+    """Raise ValueError for a radius before the first figure is drawn, not after."""
+    for size in options.eps if "intensity" in chosen else ():
+        if ThreatModel("Linf", size).eps <= 0:
             raise ValueError(f"--eps must be > 0 to attack at all, got {size}")
-        for suite in suites:
-            check_suite(suite, threat)
 
 
 def neuron(options: Options, folder: Path) -> None:
     """Figure 1: one LIF neuron under a constant and a Gaussian perturbation."""
     finish(one_neuron(seed=options.seed), folder / "neuron.json")
-
-
-def joint(options: Options, folder: Path) -> None:
-    """Joint bounds: trains, counts, and what each part proves of shipped networks."""
-    test = load_images("digits").test
-    images = [test[number] for number in range(min(options.images, len(test)))]
-    x, y = (torch.stack(part) for part in zip(*images, strict=True))
-    networks = {name: pretrained(name).eval() for name in _RADII}
-    finish(joint_bounds(networks, x, y, _RADII), folder / "joint.json")
 
 
 def gains(options: Options, folder: Path) -> None:
@@ -288,80 +230,12 @@ def rho(options: Options, folder: Path) -> None:
     print(f"{len(records)} runs drawn as {', '.join(file.name for file in drawn)}")
 
 
-def truth(options: Options, folder: Path) -> None:
-    """Exact robust accuracy of small networks beside what attacks leave."""
-    for subject in subjects(options):
-        images = images_for(options, subject)
-        print(f"ground truth of {subject.name}")
-        result = ground_truth(
-            subject,
-            images.x,
-            images.y,
-            list(options.eps),
-            suites=options.suites,
-            time_limit=options.time_limit,
-            dataset=images.dataset,
-            classes=images.classes,
-            seed=options.seed,
-            say=print,
-        )
-        finish(result, folder / f"ground_truth_{subject.name}.json")
-        print(result.table())
-
-
-def events(options: Options, folder: Path) -> None:
-    """Event frames before and after an attack, and the events that a proof leaves open."""
-    for subject in subjects(options):
-        trained = subject.options
-        if subject.spec is None or not subject.spec.frames:
-            raise ValueError(f"{subject.name} takes images; events needs a network of event frames")
-        counts = bool(trained.get("counts"))
-        if trained.get("moves"):
-            shift = trained.get("largest_shift")
-            threat = ThreatModel("moves", trained["moves"], shift, counts=counts)
-        elif trained.get("flips"):
-            threat = ThreatModel("L0", trained["flips"], counts=counts)
-        else:
-            raise ValueError(
-                f"{subject.name} was trained without flips or moves, whose number events draws"
-            )
-        dataset = options.dataset or str(trained.get("dataset"))
-        splits = load_images(
-            dataset,
-            root=options.data_root,
-            test_limit=options.images,
-            T=subject.spec.T,
-            counts=counts,
-        )
-        x, y = next(iter(image_loader(splits.test, min(_ATTACKED, len(splits.test)))))
-        model = check_classifier(subject.model)
-        found = event_pictures(subject.name, model, x, y, threat)
-        finish(found, folder / f"events_{subject.name}.json")
-
-
-@dataclass(frozen=True)
-class NetworkImages:
-    """Test images of a network.
-
-    Attributes:
-        x: The images, [N, C, H, W].
-        y: Their labels, [N].
-        dataset: Name of the data set.
-        classes: Number of its classes.
-    """
-
-    x: Tensor
-    y: Tensor
-    dataset: str
-    classes: int
-
-
-def images_for(options: Options, subject: Subject) -> NetworkImages:
-    """Test images for a network, both moved to the device."""
+def images_for(options: Options, subject: Subject) -> tuple[Tensor, Tensor]:
+    """Test images [N, C, H, W] for a network, and labels [N], all moved to the device."""
     if subject.spec is not None and subject.spec.frames:
         raise ValueError(
             f"{subject.name} takes event frames, which noise and PGD do not keep binary; omit "
-            "intensity and ground_truth"
+            "intensity"
         )
     on_gpu = options.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -372,12 +246,12 @@ def images_for(options: Options, subject: Subject) -> NetworkImages:
     y = torch.tensor([int(label) for _, label in samples], device=device)
     subject.model.to(device)
     check_fits(subject, x, splits.classes, dataset)
-    return NetworkImages(x=x, y=y, dataset=dataset, classes=splits.classes)
+    return x, y
 
 
 def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
     """Perturb test images at every size, by noise and by attack."""
-    images = images_for(options, subject)
+    x, y = images_for(options, subject)
     model = subject.model
     generator = torch.Generator().manual_seed(options.seed)
 
@@ -393,8 +267,8 @@ def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
     perturb: dict[str, Perturbation] = {"gaussian": gaussian, "adversarial": adversarial}
     return intensity_correlation(
         model,
-        images.x,
-        images.y,
+        x,
+        y,
         perturb=perturb,
         eps=options.eps,
         batch_size=options.batch_size,

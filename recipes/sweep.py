@@ -7,7 +7,6 @@ Examples:
     python recipes/sweep.py --base digits --grid '{mode: [none, at]}' --evaluate paper standard
     python recipes/sweep.py --output runs/digits_sweep      # resume
     python recipes/sweep.py --output runs/digits_sweep --report --contrast rho  # tables and figure
-    python recipes/sweep.py --sweep recipes/configs/sweeps/defences_fashion_mnist_sweep.yaml
 
 --sweep FILE reads these options from a YAML file, as --config does.
 """

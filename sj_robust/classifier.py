@@ -28,7 +28,6 @@ from sj_robust.core.convention import (
     find_convention,
     own_steps,
     step_mode_of,
-    untouched,
 )
 from sj_robust.core.environment import device_of
 from sj_robust.core.host import (
@@ -40,7 +39,7 @@ from sj_robust.core.host import (
     neuron,
     step_mode,
 )
-from sj_robust.core.preserved import one_thread_at_a_time
+from sj_robust.core.preserved import one_thread_at_a_time, preserved
 from sj_robust.neuron import DLIFNode, replace_neurons
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
@@ -90,8 +89,8 @@ class SpikingClassifier(nn.Module):
         TypeError: If ``net`` is not a network, T is not an integer, mean or std are not numbers, or
             the images are not floating point.
         ValueError: If an argument, the shape of the images or of the network's output does not fit,
-            images and weights differ in device or dtype, the network can be called in several ways
-            that give different logits, or it keeps a state that is not reset.
+            images and weights differ in device or dtype, the network does not run T steps, or it
+            keeps a state that is not reset.
 
     Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
 
@@ -367,7 +366,7 @@ class SpikingClassifier(nn.Module):
             # of numpy, since vmap refuses torch's
             drawn = np.random.default_rng(n).random((n, *images.shape[1:]))
             x = torch.from_numpy(drawn).to(images)
-            with untouched(self.encoder), from_reset(self.encoder, 0, images.device):
+            with preserved(self.encoder, "all"), from_reset(self.encoder, 0, images.device):
                 return self._frames(x, steps)
 
         return frames

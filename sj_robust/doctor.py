@@ -28,7 +28,7 @@ __all__ = ["report"]
 _EXTRAS = {
     "": "always needed",
     "recipes": "for recipes/, training and plots",
-    "attacks": None,  # the authors' AutoAttack, which tests compare with
+    "attacks": None,  # AutoAttack says so where it is missing
     "cuda12": None,  # where CuPy matters, the reason of its backend says what to install
     "cuda13": None,
 }

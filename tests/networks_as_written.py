@@ -2,7 +2,7 @@
 tutorials.
 
 Each function builds one network for ``T`` time steps; ``ZOO`` and ``PATTERNS`` say what it takes,
-and ``docs/results/networks.py`` what works with it.
+and ``recipes/studies/networks.py`` what works with it.
 """
 
 import importlib

@@ -11,7 +11,7 @@ PUBLIC = {
         "finetune perturbation_gains replace_neurons verify"
     ),
     "sj_robust.attacks": (
-        "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack count_flips count_moves "
+        "Attack SampleSeeds ThreatModel apgd autoattack count_flips count_moves "
         "external fgsm flip_events gaussian move_events pgd random_flips random_moves rfgsm "
         "salt_and_pepper sapgd spike_search square transfer uniform"
     ),

@@ -312,14 +312,6 @@ def test_trying_gives_no_parameter_a_shape(name):
     assert_close(dict(other.state_dict()), dict(net.state_dict()), rtol=0, atol=0)
 
 
-def test_logits_that_are_not_finite_are_called_so():
-    net = build_network(NetworkSpec())
-    with torch.no_grad():
-        [*net.parameters()][-2].fill_(torch.nan)
-    with pytest.raises(ValueError, match="are not finite on trial images"):
-        SpikingClassifier(net)(torch.rand(2, 1, 8, 8))
-
-
 def test_a_classifier_is_copied_pickled_and_loaded_as_before():
     row = ROWS["sequence"]
     model = model_of("sequence")
@@ -438,67 +430,16 @@ class Switch(nn.Module):
         return self.layers(x).mean(0)
 
 
-def test_two_readings_with_unlike_logits_are_refused_and_told_apart_by_takes():
+def test_a_network_with_its_own_steps_gets_images_unless_it_is_said_otherwise():
     torch.manual_seed(0)
     net = Switch().eval()
     x = three_images()
-    with pytest.raises(ValueError, match=r"two ways .* takes='images'\) or takes='sequence'"):
-        SpikingClassifier(net, 4)(x)
-    of_images = SpikingClassifier(net, 4, takes="images")(x)
+    of_images = SpikingClassifier(net, 4)(x)
     of_sequence = SpikingClassifier(net, 4, takes="sequence")(x)
     assert torch.equal(of_images, 4 * of_sequence)
+    assert torch.equal(of_images, SpikingClassifier(net)(x))
+    assert not SpikingClassifier(net, 4).find_convention(x).takes_sequences
     assert of_images.abs().sum() > 0
-
-
-class Unlike(Switch):
-    """Its logits of sequences differ from those of images."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.layers = nn.Sequential(layer.Flatten(2), layer.Linear(64, 5))
-        self.change = change
-
-    def forward(self, x):
-        if x.ndim == 4:
-            x_seq = x.expand(4, *x.shape)
-            return self.layers(x_seq).mean(0)
-        rate = self.layers(x).mean(0)
-        return self.change(rate)
-
-
-def one_spike_more(logits):
-    """For the first image of a batch."""
-    more = torch.zeros_like(logits)
-    more[0, 0] = 0.1 * logits.norm() / len(logits)
-    return logits + more
-
-
-def rounded(logits):
-    return logits * (1 + 1e-6)
-
-
-@pytest.mark.parametrize("change", [rounded, one_spike_more])
-def test_readings_agree_as_far_as_rounding_and_single_spikes_explain(change):
-    torch.manual_seed(0)
-    net = Unlike(change).eval()
-    found = SpikingClassifier(net, 4).find_convention(three_images())
-    assert found.takes == "images"
-
-
-UNLIKE = {
-    "a factor": lambda logits: 1.05 * logits,
-    "a shift": lambda logits: logits + 0.02,
-    "less classes": lambda logits: logits[:, :-1],
-}
-
-
-@pytest.mark.parametrize("kind", UNLIKE)
-def test_readings_that_differ_by_more_are_refused(kind):
-    torch.manual_seed(0)
-    net = Unlike(UNLIKE[kind]).eval()
-    model = SpikingClassifier(net, 4)
-    with pytest.raises(ValueError, match="two ways that give different logits"):
-        model.find_convention(three_images())
 
 
 class Alternating(nn.Module):
@@ -539,9 +480,12 @@ class TwoPlaces(nn.Module):
         return self.second(x)
 
 
-def test_a_neuron_in_two_places_is_no_loop_once_that_is_said():
+@pytest.mark.parametrize("T", [None, 2, 4])
+def test_a_neuron_in_two_places_is_no_loop_once_that_is_said(T):
     net = TwoPlaces().eval()
     x = three_images()
+    with pytest.raises(ValueError, match="T must"):
+        SpikingClassifier(net, T)(x)
     model = SpikingClassifier(net, 4, takes="steps")
     expected = plain_call(ROWS["single steps"], net, x)
     assert torch.equal(model(x), expected)
@@ -598,6 +542,12 @@ def test_a_number_of_steps_is_needed(name, call):
     message = r"T must be given for a bare network \(Sequential\), got None"
     with pytest.raises(ValueError, match=message):
         call(row.network(), row.images(), None)
+
+
+def test_a_batch_is_not_taken_for_time_steps():
+    net = nn.Sequential(nn.Linear(6, 3), neuron.IFNode(step_mode="m"))
+    with pytest.raises(ValueError, match="T must be given"):
+        SpikingClassifier(net)(torch.rand(5, 6))
 
 
 class Returning(nn.Module):

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from ops.calls import needs_kernel
 
 from sj_robust import __version__, doctor
@@ -208,44 +207,3 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
         "accelerate not installed, for recipes/, training and plots: pip install "
         "'sj_robust[recipes]'",
     ]
-
-
-def test_a_source_tree_without_metadata(monkeypatch):
-    def requires(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "requires", requires)
-    found, _ = rows(doctor.report())
-    assert "torchvision" in found
-    assert "accelerate" not in found
-
-
-def test_a_gpu_is_described(monkeypatch):
-    class Properties:
-        name = "Stand-in 9000"
-        total_memory = 80 * 2**30
-        major = 9
-        minor = 0
-
-    def answers(*args, **kwargs):
-        return subprocess.CompletedProcess(args, 0, stdout="555.42\n")
-
-    def missing(*args, **kwargs):
-        raise FileNotFoundError("nvidia-smi")
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
-    monkeypatch.setattr(subprocess, "run", answers)
-    ((device, described),) = doctor._devices()
-    assert device == "cuda:0"
-    assert described == "Stand-in 9000, 80 GiB, compute capability 9.0, driver 555.42"
-    monkeypatch.setattr(subprocess, "run", missing)
-    ((_, described),) = doctor._devices()
-    assert described.endswith("driver unknown (nvidia-smi does not run)")
-
-
-def test_the_home_folder_alone_is_replaced(monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/users/ann"))
-    assert doctor._without_home("/users/ann/x /users/anna/x\n/users/ann") == "~/x /users/anna/x\n~"
-    monkeypatch.setattr(Path, "home", lambda: Path("/"))
-    assert doctor._without_home("/x") == "/x"

@@ -86,7 +86,6 @@ QUESTIONS = {
     ),
     "ibp": lambda model, x, y: torch.tensor(verify(model, x, y, 0.004, method="ibp").verified),
     "joint": lambda model, x, y: torch.tensor(verify(model, x, y, 0.01, method="joint").verified),
-    "crown": lambda model, x, y: torch.tensor(verify(model, x, y, 0.01, method="crown").verified),
     "no_flip_radius": lambda model, x, y: no_flip_radius(model, x),
     "spike_search": lambda model, x, y: spike_search(
         model, x, y, eps=0.1, norm="Linf", forwards=30, generator=torch.Generator().manual_seed(0)

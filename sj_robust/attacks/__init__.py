@@ -34,8 +34,7 @@ only describes what it adds:
 """
 
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.autoattack import AutoAttackWarning, autoattack
-from sj_robust.attacks.bridges import external, transfer
+from sj_robust.attacks.bridges import autoattack, external, transfer
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.events import count_flips, flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
@@ -49,7 +48,6 @@ from sj_robust.core.randomness import SampleSeeds
 
 __all__ = [
     "Attack",
-    "AutoAttackWarning",
     "SampleSeeds",
     "ThreatModel",
     "apgd",

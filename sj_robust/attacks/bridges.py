@@ -1,18 +1,131 @@
-"""Attacks of other packages, and attacks crafted on another network."""
+"""Attacks of other packages, AutoAttack among them, and attacks crafted on another network."""
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from sj_robust.attacks.apgd import LEAST_CLASSES
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, isolated
+from sj_robust.attacks.logits import clean_logits
 from sj_robust.attacks.projection import Norm
+from sj_robust.attacks.square import check_square
 from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
-from sj_robust.core.checks import check_model
+from sj_robust.core.checks import check_choice, check_model
+from sj_robust.core.extras import check_extra
+from sj_robust.core.randomness import draw_seed
 
-__all__ = ["external", "transfer"]
+__all__ = ["autoattack", "external", "transfer"]
+
+Version = Literal["standard", "plus", "rand"]
+Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
+"""An attack within AutoAttack."""
+_FEWEST = {"apgd-dlr": LEAST_CLASSES["dlr"], "apgd-t": LEAST_CLASSES["dlr_targeted"]}
+"""Classes that an attack needs, where two are too few."""
+_TARGETS = 9
+
+
+def autoattack(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: Norm = "Linf",
+    version: Version = "standard",
+    attacks: Sequence[Part] | None = None,
+    generator: Randomness = None,
+) -> Tensor:
+    """AutoAttack as pyautoattack runs it: several attacks, one after the other, on the images that
+    are still correct.
+
+    AutoAttack 集成攻击（调用 pyautoattack）。
+
+    Equation: ``x_adv[n]`` is the first image found in ball and box with ``argmax model(x_adv[n]) !=
+    y[n]``, or ``x[n]`` where none is found.
+
+    pyautoattack computes in float32 and gives the network images of the dtype of ``x``. With fewer
+    than ten classes, every other class is a target once. Random numbers are those of the batch,
+    also with ``SampleSeeds``. What its checks find goes to the logger ``auto-attack``. The result
+    is checked and projected as that of :func:`external`.
+
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`. Square needs images
+    [N, C, H, W].
+
+    Args:
+        version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE,
+            APGD-DLR, FAB, Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and
+            APGD-DLR over 20 forwards, for stochastic networks).
+        attacks: Names of the attacks to run instead of the version's, with the version's settings:
+            ``"apgd-ce"``, ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
+
+    Raises:
+        ModuleNotFoundError: If pyautoattack is not installed (extra ``attacks``).
+
+    Warns:
+        UserWarning: If attacks are left out because there are too few classes.
+
+    Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et
+        al. (ECCV 2020); pyautoattack 0.2.
+
+    Examples:
+        >>> from sj_robust.attacks import autoattack
+        >>> model = lambda x: x.flatten(1) @ torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        >>> x, y = torch.tensor([[0.55, 0.45], [0.9, 0.1]]), torch.tensor([0, 0])
+        >>> model(autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])).argmax(1)
+        tensor([1, 0])
+    """
+    check_extra("autoattack")
+    from pyautoattack import AutoAttack
+
+    ball = ball_threat(norm, eps)
+    check_choice("version", version, get_args(Version))
+    for name in attacks or ():
+        check_choice("attacks", name, get_args(Part))
+    x, y = checked_copies(model, x, y, generator)
+    tracer = sys.gettrace()
+
+    def of_its_dtype(images: Tensor) -> Tensor:
+        return model(images.to(x.dtype)).float()
+
+    library = AutoAttack(
+        of_its_dtype, norm=norm, eps=ball.eps, version=version, device=x.device, seed=0
+    )
+    if attacks is not None:
+        library.attacks_to_run = list(attacks)
+    if "square" in library.attacks_to_run:
+        check_square(x)
+    if x.numel() == 0 or ball.eps == 0:
+        return x
+    try:
+        with isolated(model, x, generator) as private:
+            library.seed = draw_seed(private)
+            _fit_to_classes(library, clean_logits(model, x, y).shape[1])
+            images = x.float().contiguous()  # it views them in this order
+            found, _ = library.run_standard_evaluation(images, y.clone(), batch_size=len(x))
+    finally:
+        sys.settrace(tracer)  # one of its checks takes it away
+    with torch.no_grad(), torch.inference_mode(False):
+        return ball.project(x, _checked(found.to(x.dtype), x, ball))
+
+
+def _fit_to_classes(library: Any, classes: int) -> None:
+    """Leave out what needs more classes, and take no class as a target twice."""
+    names = library.attacks_to_run
+    library.attacks_to_run = [name for name in names if classes >= _FEWEST.get(name, 2)]
+    left_out = [name for name in names if name not in library.attacks_to_run]
+    if left_out:
+        warnings.warn(
+            f"AutoAttack: {', '.join(left_out)} needs more classes than the {classes} of the model "
+            "and is left out",
+            stacklevel=3,
+        )
+    library.apgd_targeted.n_target_classes = min(_TARGETS, classes - 1)
+    library.fab.n_target_classes = min(_TARGETS, classes - 1)
 
 
 def external(

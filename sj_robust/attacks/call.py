@@ -18,8 +18,7 @@ from sj_robust.core.checks import (
     is_checked,
     logits_of,
 )
-from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.randomness import (
     Private,
     SampleDraws,

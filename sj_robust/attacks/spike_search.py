@@ -23,7 +23,7 @@ from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_choice, check_count, check_images, is_checked
 from sj_robust.core.host import is_neuron
-from sj_robust.core.preserved import states_of_sources
+from sj_robust.core.preserved import RandomNumbers
 from sj_robust.core.randomness import SampleSeeds, draw_seed
 
 __all__ = ["searched", "spike_search"]
@@ -262,10 +262,10 @@ def _checked_starts(starts: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def _check_repeats(model: Model, x: Tensor, logits: Tensor) -> None:
-    states = states_of_sources(model, x.device)
+    numbers = RandomNumbers(model, x.device)
     with torch.no_grad():
         again = model(x)
-    drawn = states_of_sources(model, x.device) != states
+    drawn = numbers.drawn()
     if drawn or differ(logits, again):
         got = "one that draws random numbers" if drawn else "different ones"
         raise ValueError(

@@ -15,7 +15,8 @@ from sj_robust.attacks.logits import clean_logits, margin
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, wide
 from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_count, logits_of
-from sj_robust.core.randomness import SampleDraws, SampleSeeds, draw_seed, rand, seeded_globals
+from sj_robust.core.preserved import seeded_network
+from sj_robust.core.randomness import SampleDraws, SampleSeeds, draw_seed, rand
 
 __all__ = ["square"]
 
@@ -104,7 +105,7 @@ def square(
         if bool(standing.any()):
             seed = draw_seed(private)
             seeds = seeds_of_samples(private, len(x), seed).rows(standing).derived("square", 0)
-            with seeded_globals(seed, x.device):
+            with seeded_network(None, seed, x.device):
                 found = square_rows(
                     partial(_without_ties, averaged(model, eot_samples), x.dtype),
                     x[standing],

@@ -1,33 +1,28 @@
-"""Finds out by trial what a network takes and returns: images, sequences or single time steps."""
+"""How a network is called: with images, sequences or single time steps."""
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import is_lazy
 
 from sj_robust.core.environment import device_of
-from sj_robust.core.host import base, first_argument, from_reset, is_neuron
-from sj_robust.core.preserved import uncompiled
+from sj_robust.core.host import base, first_argument, from_reset, is_neuron, step_mode
+from sj_robust.core.preserved import Snapshot, has_hooks, preserved, same
 
 __all__ = [
     "TAKES",
     "Convention",
-    "Snapshot",
     "Takes",
     "checked_logits",
     "find_convention",
     "kept_state",
     "own_steps",
+    "state_error",
     "step_mode_of",
-    "unreset",
-    "untouched",
 ]
 
 Takes = Literal["images", "sequence", "steps"]
@@ -36,10 +31,7 @@ Takes = Literal["images", "sequence", "steps"]
 TAKES: tuple[Takes, ...] = ("images", "sequence", "steps")
 
 _SEED = 0
-_ROUNDING = 1e-3  # of an image's logits, in float32; more in half precision
-_SPIKES_AT_THE_THRESHOLD = 0.1  # of the logits of many images, if most of them differ by none
-_MANY = 16
-_CONTAINERS = (dict, list, set)
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,6 @@ class Convention:
         returns: ``"logits"`` [N, classes], per call if it takes steps; or ``"sequence"`` [T, N,
             classes]. This is the output in evaluation mode without hooks, for display only.
         T: Number of time steps of a run.
-        resets_itself: Whether it resets its neurons in a run.
         takes_sequences: Whether it also takes sequences [T, N, C, H, W] of one and of two steps.
 
     Examples:
@@ -63,7 +54,6 @@ class Convention:
     takes: Takes
     returns: Literal["logits", "sequence"]
     T: int
-    resets_itself: bool = False
     takes_sequences: bool = False
 
     def __str__(self) -> str:
@@ -74,8 +64,7 @@ class Convention:
             "steps": f"takes one step [N, C, H, W] at a time, T = {self.T} of them",
         }[self.takes]
         returned = "[T, N, classes]" if self.returns == "sequence" else "[N, classes]"
-        reset = ", resets itself" if self.resets_itself else ""
-        return f"{given}, returns {returned}{reset}"
+        return f"{given}, returns {returned}"
 
 
 def find_convention(
@@ -88,25 +77,22 @@ def find_convention(
     """Find out how a network is called, by calling it on a few inputs.
     通过试运行判断网络的约定。
 
-    A reading is told from another by the time steps that the network's neurons run in it: a call of
-    a single-step neuron is one, that of a multi-step neuron on [T', N, *] is T'. Two batch sizes,
-    both unlike T, tell the dimensions of the outputs apart. Where images and a sequence of them
-    both fit, their logits must be the same except for rounding. As rounding moves a spike that is
-    at the threshold, the logits of some images may differ by more, if those of one of 16 do not and
-    the difference over all 16 is at most 10 %. The network is left as it was: modes, states,
-    buffers, attributes and random generators; hooks on it are not called, unless no reading fits
-    without them.
+    The rule: without T, or with the T that it has as an attribute, it takes images and repeats
+    them itself; else one step T times in step mode ``"s"``, or a sequence over which its forward
+    loops, and a sequence in step mode ``"m"``, or images that it repeats T times. A few images show
+    that its neurons run T steps then. The network is left as it was; hooks on it are not called,
+    unless it fits in no way without them.
 
     Args:
         net: The network.
         frames: Called with a number of images N and one of steps T, gives frames [T, N, *] as the
             network gets them.
         T: Number of time steps; None if the network brings its own.
-        takes: What the network may take.
+        takes: What the network may take; one alone is what it takes, whatever its neurons count.
 
     Raises:
-        ValueError: If no reading fits, several fit and give different logits, T is missing or not
-            the network's own, or the network keeps a state that is not reset.
+        ValueError: If nothing fits, T is missing or not the network's own, or the network keeps a
+            state that is not reset.
         Exception: What the network itself raises, where it runs in no reading.
 
     Examples:
@@ -114,14 +100,13 @@ def find_convention(
         >>> find_convention(net, lambda n, steps: torch.rand(steps, n, 1, 2, 2), 5).takes
         'sequence'
     """
-    trial = _Trial(net=net, frames=frames, T=T, takes=takes)
-    found = trial.result()
-    if not isinstance(found, Convention) and any(map(_has_hooks, net.modules())):
-        trial.hooks = True
-        found = trial.result()
-    if isinstance(found, Convention):
-        return found
-    raise found
+    surely = len(takes) == 1
+    for hooks in (False, True) if has_hooks(net) else (False,):
+        trial = _Trial(net, frames, T, hooks=hooks)
+        for reading in takes if surely else trial.order():
+            if reading in takes and (found := trial.fits(reading, surely=surely)) is not None:
+                return found
+    raise trial.problem()
 
 
 def checked_logits(outputs: object, images: int, T: int | None = None) -> Tensor:
@@ -177,11 +162,11 @@ def kept_state(
         ()
     """
     call = model if run is None else run
-    with untouched(model, hooks=True) as kept:
+    with preserved(model, "all") as kept:
         return _state_in(kept, model, lambda: call(images), images.device, resets=resets)
 
 
-def unreset(model: nn.Module, names: Iterable[str]) -> ValueError:
+def state_error(model: nn.Module, names: Iterable[str]) -> ValueError:
     """The error of a model that keeps a state of these names. 状态未重置的错误。"""
     return ValueError(
         f"the network ({type(model).__name__}) keeps a state that functional.reset_net does not "
@@ -194,9 +179,10 @@ def unreset(model: nn.Module, names: Iterable[str]) -> ValueError:
 def step_mode_of(net: nn.Module) -> str:
     """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
     for module in net.modules():
-        # A container of SpikingJelly 2.x may be a step module without a mode of its own.
-        if isinstance(module, base.StepModule) and hasattr(module, "step_mode"):
-            return str(module.step_mode)
+        # Of the containers without a mode of their own, those for many steps are MultiStepModules.
+        has_mode = isinstance(module, base.MultiStepModule) or hasattr(module, "step_mode")
+        if isinstance(module, base.StepModule) and has_mode:
+            return step_mode(module)
     return "m"
 
 
@@ -206,570 +192,193 @@ def own_steps(net: nn.Module) -> int | None:
     return T if isinstance(T, int) and not isinstance(T, bool) and T >= 1 else None
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A call, or T of them, from a reset.
-
-    Attributes:
-        outputs: What was returned; a list for T calls.
-        error: What was raised instead.
-        calls: Modules that ran, up to the error.
-        steps: Time steps of the neuron that ran fewest; None if none was seen to run.
-        lengths: Numbers of steps that single calls of multi-step neurons had, and numbers of calls
-            of layers with weights.
-        batches: Numbers of images that single calls of single-step neurons had.
-        places: What T may be, if the neuron that ran fewest steps stands in several places.
-        resets_itself: Whether a neuron was reset meanwhile.
-    """
-
-    outputs: object = None
-    error: Exception | None = None
-    calls: int = 0
-    steps: int | None = None
-    lengths: frozenset[int] = frozenset()
-    batches: frozenset[int] = frozenset()
-    places: frozenset[int] = frozenset()
-    resets_itself: bool = False
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """A reading that fits, and the logits [N, classes] that it gave."""
-
-    convention: Convention
-    logits: Tensor
-
-
 class _Trial:
-    """Tries the readings of one network."""
+    """Tries the ways in which a network may be called."""
 
     def __init__(
-        self,
-        net: nn.Module,
-        frames: Callable[[int, int], Tensor],
-        T: int | None,
-        takes: Sequence[Takes],
+        self, net: nn.Module, frames: Callable[[int, int], Tensor], T: int | None, *, hooks: bool
     ) -> None:
         self.net = net
         self.frames = frames
         self.given = T
-        self.takes = takes
-        self.hooks = False
+        self.T = own_steps(net) if T is None else T
+        self.hooks = hooks
         self.device = device_of(net)
-        self._start()
+        self._telling: list[Exception] = []
+        self._raised: list[Exception] = []
 
-    def _start(self) -> None:
-        self.T = own_steps(self.net) if self.given is None else self.given
-        self._runs: dict[tuple[Takes, int, int | None], _Run] = {}
-        self.returned: dict[Takes, str] = {}  # wrong outputs
-        self.ran: dict[Takes, str] = {}  # wrong numbers of steps
-        self.failed: dict[Takes, _Run] = {}
+    def order(self) -> list[Takes]:
+        """The ways to be tried: that of the step mode, and of images which it repeats itself."""
+        known = any(isinstance(module, base.StepModule) for module in self.net.modules())
+        multi_step = known and step_mode_of(self.net) == "m"
+        # A forward of its own may loop over the steps of neurons that take one at a time.
+        native: list[Takes] = ["sequence"] if multi_step else ["steps", "sequence"]
+        if self.given is None:
+            return ["images"]
+        if own_steps(self.net) == self.given:
+            return ["images", *native]
+        return native if known and not multi_step else [*native, "images"]
 
-    def result(self) -> Convention | Exception:
-        """The convention, or why there is none."""
-        self._start()
-        fits = self._fits()
-        if not all(_are_alike(fits[0], other) for other in fits[1:]):
-            fits = [fit for fit in fits if self._fits_many(fit.convention)]
-        if not fits:
-            return self._why_none_fits()
-        chosen = fits[0].convention
-        for other in fits[1:]:
-            if not self._agree(fits[0], other):
-                if not bool(fits[0].logits.isfinite().all()):
-                    return ValueError(
-                        f"the logits of the network ({self._name}) are not finite on trial "
-                        "images, so its calls cannot be compared; look for weights that are NaN "
-                        "or infinite, as after a training that diverged, or choose one with "
-                        f"takes={chosen.takes!r} or takes={other.convention.takes!r}"
-                    )
-                return ValueError(
-                    f"the network ({self._name}) can be called in two ways that give different "
-                    f"logits: it {chosen}; or it {other.convention}; choose one with "
-                    f"SpikingClassifier(net, T={self.T}, takes={chosen.takes!r}) or "
-                    f"takes={other.convention.takes!r}"
-                )
-        kept = self._kept_in(chosen.takes)
+    def fits(self, takes: Takes, *, surely: bool) -> Convention | None:
+        """How the network is called, if it fits; ``surely`` if the caller says so."""
+        images = 3 if self.T == 2 else 2  # no dimension is taken for another
+        T: int | None = None
+        try:
+            run = self._run(takes, images)
+            if takes == "images":
+                more = self._run(takes, 4 if self.T == 3 else images + 1)
+                T = self._steps_of_images(run, more, surely=surely)
+            elif self.T is not None and self._fits_frames(takes, run, surely=surely):
+                T = self.T
+        except Exception as error:  # somebody else's code raises anything
+            self._raised.append(error)
+            return None
+        if T is None:
+            return None
+        outputs = run.outputs if isinstance(run.outputs, list) else [run.outputs]
+        for output in outputs:
+            form = _form(output, images, None if takes == "steps" else T)
+            if form is None:
+                wrong = _wrong_outputs(output, images, T, " (on trial images)")
+                self._telling.append(ValueError(wrong))
+                return None
+        kept = self.kept_in(takes, T)
         if kept is not None:
-            return kept
-        sequences = any(fit.convention.takes == "sequence" for fit in fits)
-        if sequences and chosen.takes == "images":
-            sequences = self._takes_steps(1) and self._takes_steps(min(2, chosen.T))
-        return replace(chosen, takes_sequences=sequences)
+            raise kept
+        found = Convention(takes, form or "logits", T)
+        return replace(found, takes_sequences=self._takes_sequences(found, run))
 
-    def _fits(self) -> list[_Fit]:
-        """The readings that fit; that of images may tell the number of steps."""
-        found: list[_Fit | None] = []
-        if "images" in self.takes:
-            images = self._images()
-            found.append(images)
-            if images is not None:
-                self.T = images.convention.T
-        if self.T is not None and "sequence" in self.takes:
-            found.append(self._sequence(self.T))
-        if self.T is not None and "steps" in self.takes:
-            found.append(self._steps(self.T))
-        return [fit for fit in found if fit is not None]
-
-    def _agree(self, one: _Fit, other: _Fit) -> bool:
-        """Whether two readings give the same logits, except for spikes at the threshold."""
-        if _are_alike(one, other):
-            return True
-        a = self._logits_of_many(one.convention.takes)
-        b = self._logits_of_many(other.convention.takes)
-        if a.shape != b.shape:
-            return False
-        larger = torch.maximum(a.norm(), b.norm())
-        difference = (a - b).norm() / larger
-        spiking = (a != 0).any(dim=1)  # zeros are the same in any reading
-        some_are_alike = bool((_alike(a, b) & spiking).any())
-        return some_are_alike and float(difference) <= _SPIKES_AT_THE_THRESHOLD
-
-    def _fits_many(self, convention: Convention) -> bool:
-        """Whether a reading that fits a few images fits many as well: a slice along the wrong
-        dimension may leave the few whole.
-        """
-        takes = convention.takes
-        run = self._run(takes, _MANY)
-        if run.error is not None:
-            self.failed[takes] = run
-            return False
-        T = None if takes == "steps" else convention.T
-        calls = run.outputs if isinstance(run.outputs, list) else [run.outputs]
-        for outputs in calls:
-            if _form(outputs, _MANY, T) is None:
-                self._note_wrong(takes, outputs, _MANY, T)
-                return False
-        return True
-
-    def _logits_of_many(self, takes: Takes) -> Tensor:
-        return _mean(self._run(takes, _MANY).outputs)
-
-    def _kept_in(self, takes: Takes) -> ValueError | None:
-        """The error that names a state which is not reset, if there is one."""
-        with untouched(self.net, hooks=self.hooks) as kept:
-            names = _state_in(kept, self.net, lambda: self._call(takes, 2), self.device)
-        return unreset(self.net, names) if names else None
-
-    @property
-    def _may_differ(self) -> bool:
-        """Whether there are several readings to be told apart."""
-        return len(self.takes) > 1
-
-    @property
-    def _name(self) -> str:
-        return type(self.net).__name__
-
-    def _sizes(self) -> tuple[int, int]:
-        """Two batch sizes unlike the number of steps, so that no dimension is taken for another."""
-        if self.T == 2:
-            return 3, 4
-        return (2, 4) if self.T == 3 else (2, 3)
-
-    def _call(self, takes: Takes, images: int) -> object:
-        if takes == "images":
-            return self.net(self.frames(images, 1)[0])
-        assert self.T is not None  # these two are tried with a known number of steps
-        sequence = self.frames(images, self.T)
+    def _fits_frames(self, takes: Takes, run: "_Run", *, surely: bool) -> bool:
+        """Whether the neurons ran T steps."""
+        assert self.T is not None  # these are tried with a known number
+        fits = run.lengths == [1] * self.T
         if takes == "sequence":
-            return self.net(sequence)
-        return [self.net(x) for x in sequence]
+            fits = set(run.lengths) == {self.T} or sum(run.lengths) == self.T
+        if surely or not run.lengths or fits:
+            return True
+        self._note_steps(sum(run.lengths) // (self.T if takes == "steps" else 1))
+        return False
 
-    def _run(self, takes: Takes, images: int) -> _Run:
-        T = None if takes == "images" else self.T
-        key = (takes, images, T)
-        if key not in self._runs:
-            self._runs[key] = self._watched(lambda: self._call(takes, images))
-        return self._runs[key]
+    def _steps_of_images(self, run: "_Run", more: "_Run", *, surely: bool) -> int | None:
+        """Time steps of one call with images; None if they cannot be told, or are not T."""
+        steps, own = sum(run.lengths), own_steps(self.net)
+        if not run.lengths:
+            of_outputs = 0
+            if isinstance(run.outputs, Tensor) and run.outputs.ndim == 3:
+                of_outputs = len(run.outputs)
+            return of_outputs or self.T or max(run.layers, default=1)
+        if steps != sum(more.lengths) or (steps == 1 and self.T != 1):
+            return None  # images taken for time steps, or one step of several
+        if surely or (own is not None and own == self.T and steps % own == 0):
+            return self.T or steps
+        if steps > 1 and max(run.lengths) == max(run.layers, default=1) == 1:
+            return None  # a loop over a neuron, or several places of it
+        if self.given not in (None, steps):
+            self._note_steps(steps)
+            return None
+        return steps
 
-    def _watched(self, call: Callable[[], object]) -> _Run:
+    def _note_steps(self, steps: int) -> None:
+        self._telling.append(
+            ValueError(
+                f"T must be the network's own or None: it runs {steps} steps itself, got "
+                f"T={self.given}; omit T, or build the network for T={self.given}; if a neuron "
+                "stands in several places, pass takes= to SpikingClassifier, one of "
+                f"{', '.join(TAKES)}"
+            )
+        )
+
+    def problem(self) -> Exception:
+        """Why it fits in no way."""
+        name = type(self.net).__name__
+        if self._telling:
+            return self._telling[0]
+        if self.T is None:
+            raised = [f"{type(error).__name__}: {error}" for error in self._raised]
+            cause = f" (with images, it raises {raised[0]})" if raised else ""
+            return ValueError(
+                f"T must be given for a bare network ({name}), got None; it is the number of time "
+                f"steps, such as T=4 (--T 4){cause}"
+            )
+        modes = [step_mode(module) for module in self.net.modules() if is_neuron(module)]
+        if self._raised and not (step_mode_of(self.net) == "s" and "m" in modes):
+            return self._raised[0]
+        return ValueError(
+            f"T must be the number of steps that the neurons of the network ({name}) run, got "
+            f"{self.given}; put all layers into one step mode with functional.set_step_mode(net, "
+            f"'m'), or pass takes= to SpikingClassifier, one of {', '.join(TAKES)}"
+        )
+
+    def _takes_sequences(self, found: Convention, run: "_Run") -> bool:
+        """Whether sequences of T steps, and of one and of two, are inputs with the same logits."""
+        if found.takes != "images":
+            return found.takes == "sequence"
+        images = 3 if self.T == 2 else 2
+        try:
+            whole = self._watched(lambda: self.net(self.frames(images, found.T)))
+            for steps in (1, min(2, found.T)):
+                self._watched(partial(self.net, self.frames(2, steps)))
+            one = checked_logits(run.outputs, images, found.T)
+            other = checked_logits(whole.outputs, images, found.T)
+            alike = float((one - other).norm()) <= _ROUNDING * float(one.norm())
+        except Exception:  # it takes none
+            return False
+        return alike and (not whole.lengths or set(whole.lengths) == {found.T})
+
+    def kept_in(self, takes: Takes, T: int) -> ValueError | None:
+        """The error that names a state which is not reset, if there is one."""
+        with preserved(self.net, "all", hooks=self.hooks) as kept:
+            names = _state_in(kept, self.net, lambda: self._call(takes, 2, T), self.device)
+        return state_error(self.net, names) if names else None
+
+    def _call(self, takes: Takes, images: int, T: int) -> object:
+        frames = self.frames(images, 1 if takes == "images" else T)
+        if takes == "images":
+            return self.net(frames[0])
+        return self.net(frames) if takes == "sequence" else [self.net(x) for x in frames]
+
+    def _run(self, takes: Takes, images: int) -> "_Run":
+        return self._watched(lambda: self._call(takes, images, self.T or 1))
+
+    def _watched(self, call: Callable[[], object]) -> "_Run":
+        neurons: dict[nn.Module, list[int]] = {}
+        layers: Counter[nn.Module] = Counter()
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_argument(args, kwargs)
+            if not is_neuron(module):
+                layers[module] += 1
+            elif step_mode(module) == "m" and isinstance(x, Tensor) and x.ndim:
+                neurons.setdefault(module, []).append(len(x))
+            else:
+                neurons.setdefault(module, []).append(1)
+
         with (
-            untouched(self.net, hooks=self.hooks),
+            preserved(self.net, "all", hooks=self.hooks),
             from_reset(self.net, _SEED, self.device),
-            _Watch(self.net) as watch,
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            try:
-                outputs = call()
-            except Exception as error:  # somebody else's code raises anything
-                return _Run(error=error, calls=watch.calls)
-            return _Run(
-                outputs=outputs,
-                calls=watch.calls,
-                steps=watch.steps(),
-                lengths=watch.lengths(),
-                batches=frozenset(watch.batches),
-                places=watch.places(),
-                resets_itself=watch.resets > 0,
-            )
-
-    def _images(self) -> _Fit | None:
-        """The network brings the time steps itself."""
-        sizes = self._sizes()
-        one = self._run("images", sizes[0])
-        two = self._run("images", sizes[1])
-        for run in (one, two):
-            if run.error is not None:
-                self.failed["images"] = run
-                return None
-        if one.steps != two.steps:
-            self.ran["images"] = f"its neurons treat the {sizes[0]} images as time steps"
-            return None
-        if one.steps == 1 and self.T != 1:
-            return None  # one step of several
-        steps = self._steps_of_a_call(one)
-        if steps is None:
-            return None
-        form = _form(one.outputs, sizes[0], steps)
-        if form is None:
-            self._note_wrong("images", one.outputs, sizes[0], steps)
-            return None
-        if form != _form(two.outputs, sizes[1], steps):
-            self._note_wrong("images", two.outputs, sizes[1], steps)
-            return None
-        if self.given not in (None, steps):
-            self.ran["images"] = f"it runs {steps} steps itself, got T={self.given}"
-            return None
-        convention = Convention(
-            takes="images", returns=form, T=steps, resets_itself=one.resets_itself
-        )
-        return _Fit(convention, _mean(one.outputs))
-
-    def _steps_of_a_call(self, run: _Run) -> int | None:
-        """Time steps of one call with images; None if that cannot be told."""
-        if run.steps is None:
-            if isinstance(run.outputs, Tensor) and run.outputs.ndim == 3:
-                return len(run.outputs)
-            if self._is_stateless() or not self._may_differ:
-                return self.T or max(run.lengths, default=1)
-            if self.T in run.lengths and self.T != 1:
-                return self.T
-            self.ran["images"] = "its steps cannot be counted, since its neurons are unknown"
-            return None
-        if run.steps == self.T or run.steps == 1:
-            return run.steps
-        if self.T in run.places and run.steps % (self.T or 1) == 0:
-            return self.T  # a neuron that stands in several places
-        if max(run.lengths, default=1) == 1:
-            self.ran["images"] = (
-                f"a neuron runs {run.steps} times in one call, for as many steps or places"
-            )
-            return None
-        return run.steps
-
-    def _sequence(self, T: int) -> _Fit | None:
-        """The network takes all steps at once."""
-        images = self._sizes()[0]
-        run = self._run("sequence", images)
-        if run.error is not None:
-            self.failed["sequence"] = run
-            return None
-        if self._may_differ and run.steps is not None and run.steps % T:
-            self.ran["sequence"] = f"its neurons run {run.steps} of {T} steps"
-            return None
-        if self._may_differ and run.batches == {T}:
-            self.ran["sequence"] = f"its neurons treat the {T} steps as images"
-            return None
-        form = _form(run.outputs, images, T)
-        if form is None:
-            self._note_wrong("sequence", run.outputs, images, T)
-            return None
-        convention = Convention(
-            takes="sequence", returns=form, T=T, resets_itself=run.resets_itself
-        )
-        return _Fit(convention, _mean(run.outputs))
-
-    def _steps(self, T: int) -> _Fit | None:
-        """The network takes one step at a time."""
-        images = self._sizes()[0]
-        once = self._run("images", images)
-        if self._may_differ and once.steps not in (None, 1) and max(once.lengths, default=1) > 1:
-            self.ran["steps"] = f"its neurons run {once.steps} steps in one call"
-            return None
-        run = self._run("steps", images)
-        if run.error is not None:
-            self.failed["steps"] = run
-            return None
-        assert isinstance(run.outputs, list)  # of one call each
-        for outputs in run.outputs:
-            if _form(outputs, images, None) != "logits":
-                self._note_wrong("steps", outputs, images, None)
-                return None
-        convention = Convention(
-            takes="steps", returns="logits", T=T, resets_itself=run.resets_itself
-        )
-        return _Fit(convention, _mean(run.outputs))
-
-    def _note_wrong(self, takes: Takes, outputs: object, images: int, T: int | None) -> None:
-        self.returned[takes] = _wrong_outputs(outputs, images, T, " (on trial images)")
-
-    def _is_stateless(self) -> bool:
-        """Whether a second call gives the same as the first."""
-        frame = self.frames(2, 1)[0]
-        run = self._watched(lambda: [self.net(frame), self.net(frame)])
-        return isinstance(run.outputs, list) and _same(*run.outputs)
-
-    def _takes_steps(self, steps: int) -> bool:
-        """Whether a sequence of so many steps is an input of the network."""
-        return self._watched(lambda: self.net(self.frames(2, steps))).error is None
-
-    def _why_none_fits(self) -> Exception:
-        """What was returned, what was raised or what the neurons ran, in this order."""
-        native: Takes = "steps" if step_mode_of(self.net) == "s" else "sequence"
-        order: list[Takes] = sorted(self.takes, key=lambda takes: takes != native)
-        for takes in order:
-            if takes in self.returned:
-                return ValueError(self.returned[takes])
-        raised = [self.failed[takes] for takes in order if takes in self.failed]
-        if own_steps(self.net) is not None:  # it may bring its time: what got furthest tells
-            raised.sort(key=lambda run: -run.calls)
-        if self.T is None:
-            error = raised[0].error if raised else None
-            cause = f" (with images, it raises {type(error).__name__}: {error})" if error else ""
-            return ValueError(
-                f"T must be given for a bare network ({self._name}), got None; it is the number "
-                f"of time steps, such as T=4 (--T 4){cause}"
-            )
-        if self.given is not None and "got T=" in self.ran.get("images", ""):
-            return ValueError(
-                f"T must be the network's own or None: {self.ran['images']}; omit T, or "
-                f"build the network for T={self.given}"
-            )
-        if native not in self.ran and raised and raised[0].error is not None:
-            return raised[0].error
-        if "images" in self.ran:
-            kept = self._kept_in("images")
-            if kept is not None:
-                return kept
-        ran = "; ".join(f"with takes={takes!r}, {problem}" for takes, problem in self.ran.items())
-        return ValueError(
-            f"it is not clear how the network ({self._name}) is called: {ran}; put all layers "
-            "into one step mode with functional.set_step_mode(net, 'm'), or pass takes= to "
-            f"SpikingClassifier, one of {', '.join(map(repr, TAKES))}"
-        )
+            for module in self.net.modules():  # which have their own hooks alone afterwards
+                if is_neuron(module) or any(True for _ in module.parameters(recurse=False)):
+                    module.register_forward_pre_hook(note, with_kwargs=True)
+            outputs = call()
+        return _Run(outputs, min(neurons.values(), key=sum, default=[]), list(layers.values()))
 
 
-class _Watch:
-    """Counts what runs in a network, by hooks of its own."""
+@dataclass(frozen=True)
+class _Run:
+    """What a network did in a call.
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self.calls = 0
-        self._of_neurons: dict[nn.Module, list[int]] = {}
-        self._of_layers: dict[nn.Module, int] = {}
-        self._multi_step: set[int] = set()
-        self.batches: set[int] = set()
-        self.resets = 0
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "_Watch":
-        for module in self.net.modules():
-            if is_neuron(module):
-                if isinstance(module, base.MemoryModule):
-                    vars(module)["reset"] = partial(self._reset, module.reset)
-                hook = module.register_forward_pre_hook(self._neuron, with_kwargs=True)
-                self._handles.append(hook)
-            elif any(True for _ in module.parameters(recurse=False)):
-                self._handles.append(module.register_forward_pre_hook(self._layer))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _neuron(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls += 1
-        multi_step = getattr(module, "step_mode", "m") == "m"
-        length = 1
-        x = first_argument(args, kwargs)
-        if isinstance(x, Tensor) and x.ndim:
-            if multi_step:
-                length = len(x)
-            else:
-                self.batches.add(len(x))
-        if multi_step:
-            self._multi_step.add(length)
-        self._of_neurons.setdefault(module, []).append(length)
-
-    def _reset(self, reset: Callable[[], object]) -> None:
-        self.resets += 1
-        reset()
-
-    def _layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.calls += 1
-        self._of_layers[module] = self._of_layers.get(module, 0) + 1
-
-    def steps(self) -> int | None:
-        """See :class:`_Run`."""
-        return min(map(sum, self._of_neurons.values()), default=None)
-
-    def lengths(self) -> frozenset[int]:
-        """See :class:`_Run`."""
-        return frozenset(self._multi_step) | frozenset(self._of_layers.values())
-
-    def places(self) -> frozenset[int]:
-        """See :class:`_Run`.
-
-        A multi-step neuron has calls of T steps; of the layers around a single-step one, some are
-        called T times.
-        """
-        if not self._of_neurons:
-            return frozenset()
-        fewest = min(self._of_neurons, key=lambda node: sum(self._of_neurons[node]))
-        if getattr(fewest, "step_mode", "m") == "m":
-            return frozenset(self._of_neurons[fewest])
-        return frozenset(self._of_layers.values()) - {1}
-
-
-class _Kept:
-    """What a module holds, to be put back: attributes, what is in its containers, tensors."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.kind = type(module)
-        self.attributes = dict(vars(module))
-        held = (*module._parameters.values(), *module._buffers.values())
-        self.lazy: list[tuple[Any, type]] = []
-        for tensor in held:
-            if tensor is not None and is_lazy(tensor):
-                self.lazy.append((tensor, type(tensor)))
-        self.containers: list[tuple[Any, Any]] = []
-        for value in self.attributes.values():
-            if isinstance(value, _CONTAINERS):
-                self.containers.append((value, copy.copy(value)))
-        self.tensors: dict[str, tuple[Tensor, int, Tensor]] = {}
-        for name, value in _values(self.attributes):
-            if _is_plain_tensor(value) and not is_lazy(value) and not value.is_inference():
-                self.tensors[name] = value, value._version, value.detach().clone()
-
-    def changed(self) -> Iterator[str]:
-        """Names of attributes that are not what they were, except for states of memory modules."""
-        now = vars(self.module)
-        inside = now.get("_memories", {})
-        for name, value in _values(now):
-            if name in inside or name in _HOOKS or name == "training":
-                continue
-            is_other_number = False
-            if isinstance(value, float | int):
-                is_other_number = value != self.attributes.get(name, value)
-            before = self.tensors.get(name)
-            if before is not None and value is before[0]:
-                tensor, version, _ = before
-                if tensor._version != version:
-                    yield name
-            elif _is_plain_tensor(value) or is_other_number:
-                yield name
-
-    def restore(self) -> None:
-        """Put it back; parameters that got their shape meanwhile have none again."""
-        if type(self.module) is not self.kind:  # a lazy module of torch becomes another
-            self.module.__class__ = self.kind
-        for value, kind in self.lazy:
-            if not is_lazy(value):
-                value.grad = None
-                value.data = torch.empty(0, device=value.device, dtype=value.dtype)
-                value.__class__ = kind
-        now = vars(self.module)
-        for name in now.keys() - self.attributes.keys():
-            del now[name]
-        now.update(self.attributes)
-        for container, content in self.containers:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
-        for tensor, version, value in self.tensors.values():
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(value)
-
-
-class Snapshot:
-    """What the modules of a network hold. 网络内容快照。"""
-
-    def __init__(self, net: object) -> None:
-        """Copy it."""
-        modules = dict(net.named_modules()) if isinstance(net, nn.Module) else {}
-        self._kept = {name: _Kept(module) for name, module in modules.items()}
-
-    def changed(self) -> tuple[str, ...]:
-        """Names of what is not as it was."""
-        names: list[str] = []
-        for name, kept in self._kept.items():
-            prefix = f"{name}." if name else ""
-            names += [prefix + attribute for attribute in kept.changed()]
-        return tuple(names)
-
-    def restore(self) -> None:
-        """Put all of it back."""
-        for kept in self._kept.values():
-            kept.restore()
-
-
-@contextmanager
-def untouched(net: object, *, hooks: bool = True) -> Iterator[Snapshot]:
-    """A network is as before afterwards; meanwhile it is not compiled, and calls ``hooks`` or not.
-
-    Hooks of ``torch.nn.utils``, such as those of weight norm, are part of what the network
-    computes and stay.
+    Attributes:
+        outputs: What it returned; a list for T calls.
+        lengths: Steps of every call of the neuron that ran fewest; empty if none is known.
+        layers: Numbers of calls of layers with weights.
     """
-    modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    snapshot = Snapshot(net)
-    try:
-        with uncompiled(net) if isinstance(net, nn.Module) else nullcontext():
-            for module in () if hooks else modules:
-                _remove_hooks(module)
-            yield snapshot
-    finally:
-        snapshot.restore()
-        # weights that autocast has cast without a graph would lose the caller's gradients
-        torch.clear_autocast_cache()
 
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-
-
-def _is_of_torch(hook: object) -> bool:
-    gives_shapes = getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
-    return gives_shapes or type(hook).__module__.startswith("torch.nn.utils")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks that are not torch's own."""
-    hooks: list[object] = []
-    for name in _HOOKS:
-        hooks += vars(module)[name].values()
-    return not all(map(_is_of_torch, hooks))
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Leave a module torch's own hooks alone."""
-    for name in _HOOKS:
-        hooks = vars(module)[name]
-        for key, hook in list(hooks.items()):
-            if not _is_of_torch(hook):
-                del hooks[key]
-
-
-def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Attributes and what is in their containers, by the name under which a user knows it."""
-    for name, value in attributes.items():
-        if name in ("_buffers", "_memories") and isinstance(value, dict):
-            yield from value.items()
-        elif isinstance(value, dict):
-            for key, kept in value.items():
-                yield f"{name}[{key!r}]", kept
-        elif isinstance(value, list):
-            for index, kept in enumerate(value):
-                yield f"{name}[{index}]", kept
-        else:
-            yield name, value
+    outputs: object
+    lengths: list[int]
+    layers: list[int]
 
 
 def _state_in(
@@ -786,7 +395,7 @@ def _state_in(
         start = from_reset(net if resets else None, _SEED, device)
         with start, torch.inference_mode(False), torch.no_grad():
             outputs.append(call())
-    if _same(*outputs):
+    if same(*outputs):
         return ()
     # Sums on a GPU may differ from run to run, which is no state.
     unseen = (type(net).__name__,) if device.type == "cpu" else ()
@@ -846,42 +455,3 @@ def _remedy(outputs: object, images: int) -> str:
         "end it with a layer of spikingjelly.activation_based.layer, such as layer.Linear after "
         "layer.Flatten, in the network's own step mode"
     )
-
-
-def _mean(outputs: object) -> Tensor:
-    """The mean over time of outputs that have a form; those of single steps are a list."""
-    stacked = torch.stack(outputs) if isinstance(outputs, list) else outputs
-    assert isinstance(stacked, Tensor)  # _form has looked at it
-    return stacked.mean(0) if stacked.ndim == 3 else stacked
-
-
-def _are_alike(one: _Fit, other: _Fit) -> bool:
-    """Whether two readings give the same logits except for rounding."""
-    a, b = one.logits, other.logits
-    return a.shape == b.shape and bool(_alike(a, b).all())
-
-
-def _alike(a: Tensor, b: Tensor) -> Tensor:
-    """Which images have the same logits except for rounding, [N]."""
-    share = max(_ROUNDING, torch.finfo(a.dtype).eps ** 0.5)
-    larger = torch.maximum(a.norm(dim=1), b.norm(dim=1))
-    alike: Tensor = (a - b).norm(dim=1) <= share * larger
-    return alike
-
-
-def _same(a: object, b: object) -> bool:
-    """Whether two outputs are equal, however they are nested; NaN equals NaN in tensors.
-
-    Objects of other classes cannot be looked into: two of one class count as equal.
-    """
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape:
-            return False
-        return bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, int | float | str):
-        return a == b
-    return type(a) is type(b)

@@ -11,10 +11,18 @@ from torch import nn
 
 from sj_robust._version import __version__
 
-__all__ = ["CODE_KEY", "bfloat16_units", "device_of", "environment", "processor", "version_of"]
+__all__ = [
+    "CODE_KEY",
+    "bfloat16_units",
+    "device_of",
+    "environment",
+    "machine",
+    "processor",
+    "version_of",
+]
 
-CODE_KEY = "code for python"
-"""What the name of the digest of one's own code begins with; the version of Python follows."""
+CODE_KEY = "code on"
+"""What the name of a digest of one's own network begins with; the machine follows."""
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -61,6 +69,14 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def machine(device: torch.device) -> str:
+    """What the rounding of a network's logits depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    return f"{device.type} {kind}, {torch.get_num_threads()} threads"
 
 
 def processor() -> str:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 __all__ = ["check_extra", "check_tracker"]
 
 _PACKAGES = {
+    "autoattack": ("pyautoattack", "attacks"),
     "corruptions": ("imagecorruptions", "corruptions"),
 }
 """By suite, its package and the extra that installs it."""

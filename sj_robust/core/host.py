@@ -12,8 +12,7 @@ import torch.overrides
 from torch import nn
 from torch.utils import _python_dispatch
 
-from sj_robust.core.preserved import preserved
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import preserved, seeded_network
 
 with warnings.catch_warnings():  # 0.0.0.0.14 uses torch.jit.script, of which torch 2.15 warns
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)

@@ -1,26 +1,37 @@
-"""Restores an attacked or measured network: modes, neuron states and random generators."""
+"""State of a network and of its random numbers, kept and put back."""
 
+import copy
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property, wraps
+from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from sj_robust.core.randomness import SampleSeeds
 
 __all__ = [
+    "RandomNumbers",
+    "Snapshot",
     "draws_numbers",
     "evaluation_mode",
     "full_precision",
     "generators_of",
+    "has_hooks",
     "locked",
     "one_thread_at_a_time",
     "other_forward",
     "preserved",
-    "states_of_sources",
+    "same",
+    "seeded_network",
+    "sums_of_products",
     "uncompiled",
     "within_backward",
 ]
@@ -29,8 +40,12 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
 
-Use = Literal["forward", "session", "change"]
-"""What a thread holds a network for."""
+What = Literal["modes", "states", "all"]
+"""What of a network is kept: modes; also states of neurons and of generators; or all it holds."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_NEW_LOCK = threading.Lock()
 
 
 def within_backward() -> bool:
@@ -40,30 +55,23 @@ def within_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # torch has no public way to ask
 
 
-def locked(network: nn.Module, use: Use = "change") -> AbstractContextManager[None]:
-    """Other threads that ask for the network or a part of it wait until this thread is done.
+def locked(network: nn.Module) -> AbstractContextManager[object]:
+    """Other threads that ask for the same module wait until this thread is done.
     同一网络同一时刻只由一个线程使用。
 
-    A thread that holds a network may ask for it and its parts again. A network may run its parts in
-    threads of its own and wait for them: unless it is held for a change, its parts may run in other
-    threads, each in one thread at a time, in the mode that they are in. Threads that work on
-    different networks do not wait for each other; torch's global generators belong to all of them,
-    so a network that draws random numbers is repeatable in one thread at a time only. Nothing is
-    kept on the modules. A compiler that follows the code, and the recomputation of a checkpoint
-    within a backward pass, do not wait.
-
-    Args:
-        network: The outermost module of what is used.
-        use: ``"forward"`` for one forward; ``"session"`` for several, which find the network in
-            one mode; ``"change"`` to change modes or states, for which parts must not run.
-
-    Raises:
-        RuntimeError: If two threads would wait for each other forever.
+    A thread that holds a network may ask for it again, and a network may run its parts in threads
+    of its own, since each module has its own lock. Two threads that hold a network each and ask for
+    that of the other wait forever, so attack from one network to another in one order. Torch's
+    global generators belong to all threads: a network that draws random numbers is repeatable in
+    one thread at a time only. Nothing is kept on the modules. A compiler that follows the code, and
+    the recomputation of a checkpoint within a backward pass, do not wait.
     """
     # The thread of a backward pass recomputes on behalf of a thread that waits for it.
     if torch.compiler.is_compiling() or within_backward():
         return nullcontext()
-    return _LOCKS.held(network, use)
+    with _NEW_LOCK:
+        lock: AbstractContextManager[object] = _LOCKS.setdefault(network, threading.RLock())
+    return lock
 
 
 def one_thread_at_a_time(
@@ -73,146 +81,127 @@ def one_thread_at_a_time(
 
     @wraps(forward)
     def run(self: _Module, /, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
-        with locked(self, "forward"):
+        with locked(self):
             return forward(self, *args, **kwargs)
 
     return run
 
 
-class _Lock:
-    """A network that a thread holds or asks for.
+class Snapshot:
+    """What the modules of a network hold, to be compared and put back. 网络内容快照。
 
-    Attributes:
-        thread: The thread.
-        use: What for, see :func:`locked`.
-        network: The outermost module of what is used.
-    """
+    Values are compared, since batch norm changes its means on a CPU without torch counting that.
+    Parameters keep their values; those that get their shape meanwhile have none again.
 
-    def __init__(self, network: nn.Module, use: Use) -> None:
-        self.thread = threading.get_ident()
-        self.use = use
-        self.network = network
-
-    @cached_property
-    def modules(self) -> frozenset[int]:
-        """The network and all of its parts, by their ``id``; nobody asks while there is one
-        thread.
-        """
-        return frozenset(map(id, self.network.modules()))
-
-    def is_part_of(self, other: "_Lock") -> bool:
-        """Whether it is for a forward of a part of the other one, which lets its parts run."""
-        return (
-            self.use == "forward"
-            and other.use != "change"
-            and self.network is not other.network
-            and id(self.network) in other.modules
-        )
-
-
-class _Locks:
-    """All locks that are held, in the order in which they were given, and who waits for whom."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._held: list[_Lock] = []
-        self._waiting: dict[int, set[int]] = {}
-
-    @contextmanager
-    def held(self, network: nn.Module, use: Use) -> Iterator[None]:
-        """The network, as soon as no other thread holds a module of it."""
-        lock = _Lock(network, use)
-        with self._changed:
-            others = self._in_the_way(lock)
-            while others:
-                self._wait(lock.thread, others)
-                others = self._in_the_way(lock)
-            self._held.append(lock)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held.remove(lock)
-                self._changed.notify_all()
-
-    def _in_the_way(self, lock: _Lock) -> set[int]:
-        """Threads that hold a module of the network."""
-        threads = set()
-        enclosing: list[_Lock] = []  # of this thread, given after the lock that is looked at
-        for held in reversed(self._held):
-            if held.thread == lock.thread:
-                enclosing.append(held)
-            elif not (
-                lock.modules.isdisjoint(held.modules)
-                or lock.is_part_of(held)
-                or any(lock.modules <= own.modules for own in enclosing)
-            ):
-                threads.add(held.thread)
-        return threads
-
-    def _wait(self, thread: int, others: set[int]) -> None:
-        self._waiting[thread] = others
-        try:
-            if self._waits_for(others, thread):
-                raise RuntimeError(
-                    "two threads would wait for each other forever: each holds a network that the "
-                    "other one asks for; attack from one network to the other in one thread"
-                )
-            self._changed.wait()
-        finally:
-            del self._waiting[thread]
-
-    def _waits_for(self, threads: set[int], thread: int) -> bool:
-        """Whether one of the threads waits, over others or not, for ``thread``."""
-        seen: set[int] = set()
-        while threads:
-            seen |= threads
-            further = [self._waiting.get(one, set()) for one in threads]
-            threads = set().union(*further) - seen
-        return thread in seen
-
-
-_LOCKS = _Locks()
-
-
-@contextmanager
-def evaluation_mode(model: object) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards; what is not an ``nn.Module`` has
-    none. 评估模式。
-
-    Other threads wait for the network until then, see :func:`locked`.
+    Args:
+        net: The network; what is not an ``nn.Module`` holds nothing.
+        what: What is put back.
 
     Examples:
-        >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
-        >>> with evaluation_mode(net):
-        ...     [module.training for module in net]
-        [False, False]
-        >>> [module.training for module in net]
-        [True, False]
+        >>> net = nn.BatchNorm1d(2)
+        >>> before = Snapshot(net)
+        >>> _ = net(torch.rand(3, 2))
+        >>> before.changed()
+        ('running_mean', 'running_var', 'num_batches_tracked')
+        >>> before.restore()
+        >>> before.changed()
+        ()
     """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    with locked(model, "session"):
-        with locked(model):
-            modules = list(model.modules())
-            modes = [module.training for module in modules]
-            model.eval()
-        try:
-            yield
-        finally:
-            with locked(model):
-                for module, training in zip(modules, modes, strict=True):
-                    module.training = training
+
+    def __init__(self, net: object, what: What = "all") -> None:
+        """Copy it; see the class."""
+        self._all = what == "all"
+        self._modules = dict(net.named_modules()) if isinstance(net, nn.Module) else {}
+        modules = self._modules.values()
+        self._modes = [(module, module.training) for module in modules]
+        generators = [] if what == "modes" else generators_of(net)
+        self._generators = [(generator, generator.get_state()) for generator in generators]
+        self._attributes: list[tuple[nn.Module, type, dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._lazy: list[tuple[Any, type]] = []
+        for module in () if what == "modes" else modules:
+            held = dict(vars(module))
+            if not self._all:
+                held = {name: value for name, value in held.items() if name == "_memories"}
+            self._attributes.append((module, type(module), held))
+            for part in held.values():
+                if isinstance(part, dict | list | set):
+                    self._containers.append((part, copy.copy(part)))
+            if self._all:
+                tensors = (*module._parameters.values(), *module._buffers.values())
+                self._lazy += [(tensor, type(tensor)) for tensor in tensors if is_lazy(tensor)]
+        self._values: dict[str, tuple[Any, Any]] = {}
+        if self._all:
+            self._values = {name: (value, _copied(value)) for name, value in self._now()}
+
+    def _now(self) -> Iterator[tuple[str, object]]:
+        """Tensors and numbers by the names that users know, without parameters and states."""
+        for path, module in self._modules.items():
+            prefix = f"{path}." if path else ""
+            for name, value in _named(vars(module)):
+                if isinstance(value, Tensor):
+                    seen = not isinstance(value, nn.Parameter) and not is_lazy(value)
+                else:
+                    seen = isinstance(value, int | float) and name != "training"
+                if seen:
+                    yield prefix + name, value
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of tensors and numbers that are not what they were, except for states of
+        SpikingJelly's memory modules.
+        """
+        unlike = []
+        for name, value in self._now():
+            if name in self._values:
+                if not same(value, self._values[name][1]):
+                    unlike.append(name)
+            elif isinstance(value, Tensor):
+                unlike.append(name)
+        return tuple(unlike)
+
+    def restore(self) -> None:
+        """Put it back."""
+        for module, kind, attributes in self._attributes:
+            if type(module) is not kind:  # a lazy module of torch becomes another
+                module.__class__ = kind
+            now = vars(module)
+            for name in now.keys() - attributes.keys() if self._all else ():
+                del now[name]
+            now.update(attributes)
+        for container, content in self._containers:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+        for tensor, kind in self._lazy:
+            if not is_lazy(tensor):
+                tensor.grad = None
+                tensor.data = torch.empty(0, device=tensor.device, dtype=tensor.dtype)
+                tensor.__class__ = kind
+        for value, before in self._values.values():
+            if isinstance(value, Tensor) and not same(value, before):
+                with torch.inference_mode(value.is_inference()), torch.no_grad():
+                    value.copy_(before)
+        for module, training in self._modes:
+            module.training = training
+        for generator, state in self._generators:
+            generator.set_state(state)
 
 
 @contextmanager
-def preserved(model: object) -> Iterator[None]:
-    """Evaluation mode; modes, states of neurons and generators of modules are as before afterwards.
-    保持网络原状。
+def preserved(net: object, what: What = "states", *, hooks: bool = True) -> Iterator[Snapshot]:
+    """Evaluation mode; the network is as before afterwards. 保持网络原状。
 
-    Inside, states are copies without a graph, since a reset may write into their tensors. A
-    callable that is not a network has nothing to be kept.
+    Other threads wait for the network until then, see :func:`locked`. Inside, states are copies
+    without a graph, since a reset may write into their tensors. A callable that is not an
+    ``nn.Module`` has nothing to be kept.
+
+    Args:
+        net: The network.
+        what: What is kept. ``"all"`` is for a trial: meanwhile the network is not compiled.
+        hooks: Whether its hooks are called; those of ``torch.nn.utils``, such as weight norm's, are
+            part of what it computes and always are.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -223,27 +212,37 @@ def preserved(model: object) -> Iterator[None]:
         >>> net.v
         tensor([0.5000])
     """
-    if not isinstance(model, nn.Module):
-        yield
+    if not isinstance(net, nn.Module):
+        yield Snapshot(net)
         return
-    with evaluation_mode(model):
-        generators = [(generator, generator.get_state()) for generator in generators_of(model)]
-        with locked(model):
-            states = []
-            for module in model.modules():
-                memories = vars(module).get("_memories")
-                if memories is not None:
-                    states.append((module, memories))
-                    copies = {name: _copied(value) for name, value in memories.items()}
-                    vars(module)["_memories"] = copies
-        try:
-            yield
-        finally:
-            with locked(model):
-                for module, memories in states:
-                    vars(module)["_memories"] = memories
-                for generator, state in generators:
-                    generator.set_state(state)
+    with locked(net), ExitStack() as stack:
+        snapshot = Snapshot(net, what)
+        stack.callback(snapshot.restore)
+        net.eval()
+        for module in () if what == "modes" else net.modules():
+            memories = vars(module).get("_memories", {})
+            memories.update({name: _copied(value) for name, value in memories.items()})
+            if not hooks:
+                _remove_hooks(module)
+        if what == "all":
+            # weights that autocast has cast without a graph would lose the caller's gradients
+            stack.callback(torch.clear_autocast_cache)
+            stack.enter_context(uncompiled(net))
+        yield snapshot
+
+
+def evaluation_mode(net: object) -> AbstractContextManager[Snapshot]:
+    """Evaluation mode, and every module's own mode afterwards. 评估模式。
+
+    Examples:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
+        >>> with evaluation_mode(net):
+        ...     [module.training for module in net]
+        [False, False]
+        >>> [module.training for module in net]
+        [True, False]
+    """
+    return preserved(net, "modes")
 
 
 @contextmanager
@@ -299,16 +298,100 @@ def _highest_matmul_precision() -> Iterator[None]:
             owner.fp32_precision = precision
 
 
-def states_of_sources(model: object, device: torch.device) -> list[object]:
-    """What the sources of random numbers give next, as values to be compared: Python's and numpy's,
-    torch's of the CPU and of a device, and those of :func:`generators_of`.
+class RandomNumbers:
+    """What a network draws from here on: the present states of the sources of random numbers, which
+    are torch's generators of the CPU and of ``device``, those that modules keep as attributes,
+    Python's and numpy's.
+
+    Args:
+        model: The network.
+        device: Where it runs.
+
+    Examples:
+        >>> numbers = RandomNumbers(torch.nn.Dropout(), torch.device("cpu"))
+        >>> first = torch.rand(3)
+        >>> with numbers.again():
+        ...     bool((torch.rand(3) == first).all())
+        True
+        >>> bool((torch.rand(3) == first).any())
+        False
     """
-    generators = [torch.default_generator, *generators_of(model)]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    numbers: Any = np.random.get_state()  # noqa: NPY002  # a network may draw from the global one
-    states = [generator.get_state().numpy().tobytes() for generator in generators]
-    return [random.getstate(), numbers[1].tobytes(), numbers[2], *states]
+
+    def __init__(self, model: object, device: torch.device) -> None:
+        """Remember the states."""
+        self._own = generators_of(model)
+        self._of_torch = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._of_torch.append(torch.cuda.default_generators[index])
+        self._states = self._now()
+
+    def _now(self) -> list[Any]:
+        numbers = np.random.get_state()  # noqa: NPY002  # a network may draw from the global one
+        states = [generator.get_state() for generator in (*self._of_torch, *self._own)]
+        return [random.getstate(), numbers, *states]
+
+    def drawn(self) -> bool:
+        """Whether numbers have been drawn since."""
+        python, *others = self._now()
+        return python != self._states[0] or not same(others, self._states[1:])
+
+    def seed(self, seed: int) -> None:
+        """Begin anew; the generators of modules have seeds of their own, derived from ``seed``."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  # as above
+        for generator in self._of_torch:
+            generator.manual_seed(seed)
+        for number, generator in enumerate(self._own):
+            generator.manual_seed(SampleSeeds([seed]).derived("generator", number).single())
+
+    def restore(self) -> None:
+        """Go back to the remembered states."""
+        self._set(self._states)
+
+    def _set(self, states: list[Any]) -> None:
+        python, numbers, *of_torch = states
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002  # as above
+        for generator, state in zip((*self._of_torch, *self._own), of_torch, strict=True):
+            generator.set_state(state)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the numbers that followed; afterwards all sources go on where they were."""
+        before = self._now()
+        try:
+            self.restore()
+            yield
+        finally:
+            self._set(before)
+
+
+@contextmanager
+def seeded_network(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """The sources of :class:`RandomNumbers` seeded, and as before afterwards.
+
+    Restored without a seed of our own, they would show an attack the very numbers of the caller's
+    next forward.
+
+    Examples:
+        >>> encoder = torch.nn.Identity()
+        >>> encoder.generator = torch.Generator()
+        >>> before = encoder.generator.get_state()
+        >>> with seeded_network(encoder, 3, torch.device("cpu")):
+        ...     first = torch.rand(2, generator=encoder.generator)
+        >>> with seeded_network(encoder, 3, torch.device("cpu")):
+        ...     bool((torch.rand(2, generator=encoder.generator) == first).all())
+        True
+        >>> bool((encoder.generator.get_state() == before).all())
+        True
+    """
+    numbers = RandomNumbers(model, device)
+    try:
+        numbers.seed(seed)
+        yield
+    finally:
+        numbers.restore()
 
 
 def draws_numbers(model: nn.Module, x: Tensor) -> bool:
@@ -319,9 +402,9 @@ def draws_numbers(model: nn.Module, x: Tensor) -> bool:
         (True, False)
     """
     with torch.no_grad():
-        states = states_of_sources(model, x.device)
+        numbers = RandomNumbers(model, x.device)
         model(x)
-        return states_of_sources(model, x.device) != states
+        return numbers.drawn()
 
 
 def generators_of(model: object) -> list[torch.Generator]:
@@ -334,10 +417,6 @@ def generators_of(model: object) -> list[torch.Generator]:
         held = vars(module).values()
         found += [value for value in held if isinstance(value, torch.Generator)]
     return list(dict.fromkeys(found))
-
-
-def _copied(value: object) -> object:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -385,3 +464,65 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
             if wrapped is not None:
                 stack.enter_context(other_forward(module, wrapped.__call__, as_called=True))
         yield
+
+
+def has_hooks(net: nn.Module) -> bool:
+    """Whether a network has hooks that are not torch's own."""
+    hooks: list[object] = []
+    for module in net.modules():
+        for name in _HOOKS:
+            hooks += vars(module)[name].values()
+    return not all(map(_is_of_torch, hooks))
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two values are equal, however they are nested; NaN equals NaN in tensors.
+
+    Objects of other classes cannot be looked into: two of one class count as equal.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        return bool(torch.isclose(a, b, 0, 0, equal_nan=True).all())
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, int | float | str):
+        return a == b
+    return type(a) is type(b)
+
+
+def _copied(value: object) -> object:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _named(attributes: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Attributes and what is in their containers, by the name under which a user knows it."""
+    for name, value in attributes.items():
+        if name == "_buffers" and isinstance(value, dict):
+            yield from value.items()
+        elif isinstance(value, dict) and name != "_memories":
+            for key, kept in value.items():
+                yield f"{name}[{key!r}]", kept
+        elif isinstance(value, list):
+            for index, kept in enumerate(value):
+                yield f"{name}[{index}]", kept
+        else:
+            yield name, value
+
+
+def _is_of_torch(hook: object) -> bool:
+    gives_shapes = getattr(hook, "__func__", None) is LazyModuleMixin._infer_parameters
+    return gives_shapes or type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    """Leave a module torch's own hooks alone."""
+    for name in _HOOKS:
+        hooks = vars(module)[name]
+        for key, hook in list(hooks.items()):
+            if not _is_of_torch(hook):
+                del hooks[key]

@@ -1,8 +1,7 @@
 """Private random numbers, independent of the caller's generators."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import torch
@@ -17,7 +16,6 @@ __all__ = [
     "private_generator",
     "rand",
     "randn",
-    "seeded_globals",
 ]
 
 _SEEDS = (
@@ -169,22 +167,6 @@ def check_seeds(generator: torch.Generator | SampleSeeds | None, x: Tensor) -> N
             f"SampleSeeds must hold one seed per image, {len(x)}, got {len(generator)}; "
             "select those of the images with seeds.rows(rows)"
         )
-
-
-@contextmanager
-def seeded_globals(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators of CPU and ``device``, which encoders and dropout draw from, seeded
-    and then restored.
-
-    Restored without a seed of our own, they would show an attack the very numbers of the caller's
-    next forward.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def draw_seed(generator: Private) -> int:

@@ -14,19 +14,19 @@ _TRIED = 32
 
 
 class CheckedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images alike and their classes of a data set whose items begin with them; what follows in an
-    item is left out. 检查用户数据集的样本。
+    """Images alike and their classes of a data set whose items are such pairs.
+    检查用户数据集的样本。
 
     Args:
         name: Name of the argument, for the message.
         dataset: The data set, which has a length.
 
     Raises:
-        TypeError: If an item is no pair of an image, as a tensor or an array, and a class number.
+        TypeError: If an item is no pair of an image, as a tensor, and a class number.
         ValueError: If there are no images, or one is unlike the first in shape or dtype.
 
     Examples:
-        >>> images = CheckedImages("data", [(torch.zeros(1, 2, 2), 3, "a file")])
+        >>> images = CheckedImages("data", [(torch.zeros(1, 2, 2), 3)])
         >>> images[0][1]
         tensor(3)
     """
@@ -51,18 +51,17 @@ class CheckedImages(Dataset[tuple[Tensor, Tensor]]):
         """Image and its class, an int64 scalar."""
         item = self.dataset[index]
         which = f"{self.name}[{index}]"
-        if not isinstance(item, tuple | list) or len(item) < 2:
+        if not isinstance(item, tuple | list) or len(item) != 2:
             raise TypeError(
                 f"{which} must be a pair (image, class), got {_shown(item)}; wrap the data set in "
                 "one whose __getitem__ returns such a pair"
             )
-        image, label = item[:2]
-        if not isinstance(image, Tensor | np.ndarray):
+        image, label = item
+        if not isinstance(image, Tensor):
             raise TypeError(
                 f"the image of {which} must be a tensor [C, H, W], got {_shown(image)}; add "
                 "torchvision's ToTensor to the transforms of the data set"
             )
-        image = torch.as_tensor(image)
         number = torch.as_tensor(label) if isinstance(label, int | np.generic | Tensor) else None
         if number is None or number.ndim or number.dtype not in _INTEGERS:
             raise TypeError(
@@ -87,4 +86,6 @@ def _shown(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, dict):
         return f"a dict of {', '.join(map(repr, value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {', '.join(map(_shown, value))}"
     return type(value).__name__

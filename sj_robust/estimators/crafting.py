@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.host import base, memories, step_mode
-from sj_robust.core.random_numbers import RandomNumbers
+from sj_robust.core.preserved import RandomNumbers
 
 __all__ = ["crafting_network"]
 

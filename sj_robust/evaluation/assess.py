@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
@@ -32,7 +32,8 @@ from sj_robust.evaluation.run.estimator_search import (
     search_estimators,
     short_attack,
 )
-from sj_robust.evaluation.run.identity import check_copies, identify, network_key
+from sj_robust.evaluation.run.history import check_history
+from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
 from sj_robust.evaluation.run.member import Member, fooled, refused
 from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
@@ -49,7 +50,7 @@ from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
 
-__all__ = ["DIAGNOSED", "assess"]
+__all__ = ["DIAGNOSED", "Softened", "assess"]
 
 _Found = TypeVar("_Found")
 
@@ -61,6 +62,8 @@ DIAGNOSED = 40
 """Images that are checked for gradient masking, at most."""
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
+_SPREAD = 10.0
+"""Of logits, whose probabilities float32 tells from 0 and 1."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
 _BOUND = "bound of all"
@@ -119,7 +122,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     plan = suite()
     key = network_key(model, data, request.folder)
     parts = _Parts(subject, data, request, draws, key)
-    shared = [] if parts.plain is None else check_copies(parts.plain, data)
+    shared = [] if parts.plain is None else check_history(parts.plain, data)
     say(f"firing rates on {len(parts.y)} images")
     layers = firing(model, parts.x, seed=request.seed, batch_size=data.batch_size)
     activity = list(map(asdict, layers))
@@ -344,7 +347,7 @@ class _Parts:
         variant = Variant(allowed, "plain", self.request.seed, wrong=others)
         asked = Asked(self.threat, self.draws)
         model = self.model if self.plain is None else self.plain
-        outcome = self._run("plain", self.data, variant, asked, model)
+        outcome = self._run("plain", self.data, variant, asked, Softened(model))
         rows = [replace(row, variant=report.main) for row in outcome.rows[1:]]
         return replace(
             report,
@@ -383,6 +386,21 @@ class _Parts:
             folder = self.request.folder
             found[0] = computed_once(folder and folder / name, key, compute)
         return gathered(found)[0]
+
+
+class Softened(nn.Module):
+    """A network whose cross entropy does not vanish: logits that lie apart are shrunk."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Wrap a network."""
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes], those of an image within ``_SPREAD``."""
+        logits: Tensor = self.network(images)
+        spread = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
+        return logits * (_SPREAD / spread.clamp(min=_SPREAD))
 
 
 def _suite(

@@ -434,7 +434,6 @@ def _prepared(
     kind = type(network).__name__
     subject = Subject(settings.name or kind, classifier, kind)
     device = device_of(classifier)
-    configuration = {"T": given.T, "mean": given.mean, "std": given.std}
     with (
         stated(network, decay, gain),
         evaluation_mode(classifier),
@@ -443,6 +442,13 @@ def _prepared(
     ):
         classes = check_fits(subject, first[:1].to(device), None, settings.dataset)
         check_classes(torch.tensor(data.labels), classes)
+        configuration = {
+            "T": given.T,
+            "mean": given.mean,
+            "std": given.std,
+            "decay": _by_name(decay),
+            "gain": _by_name(gain),
+        }
         if isinstance(classifier, SpikingClassifier):
             watch.say(f"{subject.name} {classifier.convention}")
         try:
@@ -460,6 +466,14 @@ def _prepared(
                 remedy = f"the same call resumes from {settings.folder}"
             stopped.add_note(f"the network is unchanged; {remedy}")
             raise
+
+
+def _by_name(values: Mapping[NeuronKey, float] | None) -> dict[str, float]:
+    """What was said of neurons, by the name of the module or of the class."""
+    named = {}
+    for key, value in (values or {}).items():
+        named[key if isinstance(key, str) else key.__name__] = float(value)
+    return named
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import did_you_mean
 from sj_robust.core.convention import checked_logits, kept_state
-from sj_robust.evaluation.run.fingerprint import code_of
+from sj_robust.core.environment import CODE_KEY
 from sj_robust.evaluation.run.plain import Plain, plain_copy
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
+from sj_robust.models.build import code_of
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
 from sj_robust.models.shipped import pretrained_file, pretrained_networks
@@ -279,10 +280,9 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
 
 def _changed_code(spec: NetworkSpec, description: Mapping[str, Any]) -> tuple[str, ...]:
     """A remark if the network's own code is not that of its training, where that is known."""
-    if not spec.is_own:
+    if not any(name.startswith(CODE_KEY) for name in description):
         return ()
-    code = code_of(find_function(spec.name))
-    if all(description.get(name, digest) == digest for name, digest in code.items()):
+    if all(description.get(name, digest) == digest for name, digest in code_of(spec).items()):
         return ()
     return (
         f"The code of {spec.name} has changed since the training: with these weights it may "

@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.checks import check_choice
-from sj_robust.core.convention import Takes, untouched
+from sj_robust.core.convention import Takes
+from sj_robust.core.digest import fingerprint
+from sj_robust.core.environment import CODE_KEY, machine
 from sj_robust.core.host import is_neuron
-from sj_robust.core.preserved import full_precision
+from sj_robust.core.preserved import full_precision, preserved, seeded_network
 from sj_robust.defences import (
     EvolvingLeakNode,
     FrequencyEncoder,
@@ -41,6 +43,7 @@ __all__ = [
     "build_classifier",
     "build_encoder",
     "build_network",
+    "code_of",
     "options_for_lif",
 ]
 
@@ -206,8 +209,8 @@ def _try(built: nn.Module, spec: NetworkSpec) -> None:
     like = next(built.parameters(), torch.empty(0))
     try:
         classifier = _wrapped(built, spec)
-        with torch.no_grad(), full_precision(like.device), untouched(classifier):
-            classifier.eval()(_black(spec).to(like))
+        with torch.no_grad(), full_precision(like.device), preserved(classifier, "all"):
+            classifier(_black(spec).to(like))
     except Exception as error:
         raise _TrialError from error
 
@@ -238,6 +241,21 @@ def _find_shapes(built: nn.Module, spec: NetworkSpec) -> None:
     run.eval()(images)
     built.train()
     functional.reset_net(built)
+
+
+def code_of(spec: NetworkSpec) -> dict[str, str]:
+    """What a function of one's own builds from a fixed seed: the digest of the network and of its
+    logits on noise, under a name with the machine that they are rounded on; nothing for another
+    network. 自定义网络代码的摘要。
+    """
+    if not spec.is_own:
+        return {}
+    cpu = torch.device("cpu")
+    with seeded_network(None, 0, cpu), torch.no_grad():
+        classifier = build_classifier(spec).eval()
+        logits = classifier(torch.rand_like(_black(spec)))
+    name = f"{CODE_KEY} {machine(cpu)}, torch {torch.__version__}"
+    return {name: fingerprint([classifier, logits])}
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:

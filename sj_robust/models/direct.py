@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust.ops.bn_dlif.repeated import repeat_step
+from sj_robust.ops.bn_dlif.config import repeat_step
 
 __all__ = ["DirectlyEncoded", "initialise", "neuron_builder"]
 

@@ -84,7 +84,7 @@ def pretrained(name: str) -> SpikingClassifier:
             checksum of a downloaded file is not that of the card.
         OSError: If a file cannot be downloaded.
 
-    Source: trained by ``python docs/results/pretrained.py``, after Ding et al. (ICML 2024).
+    Source: trained by ``python recipes/studies/pretrained.py``, after Ding et al. (ICML 2024).
 
     Examples:
         >>> import torch

@@ -313,13 +313,12 @@ def _parametric_lif(module: Any) -> Charging:
     return Charging(1.0 - rate, rate if module.decay_input else 1.0)
 
 
-class _Plain:
-    """What every class has."""
-
-    tau: float
-
-
-_HARMLESS = frozenset({*vars(_Plain), "__init__", "__repr__", "extra_repr"})
+_OF_EVERY_CLASS = (
+    *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"),
+    *("__firstlineno__", "__static_attributes__"),  # from Python 3.13 on
+    *("__annotate_func__", "__annotations_cache__"),  # from Python 3.14 on
+)
+_HARMLESS = frozenset({*_OF_EVERY_CLASS, "__init__", "__repr__", "extra_repr"})
 
 _DYNAMICS = (
     "neuronal_charge",

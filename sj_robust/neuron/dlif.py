@@ -14,7 +14,7 @@ from sj_robust import ops
 from sj_robust.core.checks import check_surrogate, of_other_steps
 from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
 from sj_robust.core.preserved import within_backward
-from sj_robust.ops.dlif import dispatch
+from sj_robust.ops.dlif import operator as dlif
 from sj_robust.ops.dlif.config import Outputs, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES
 
@@ -146,7 +146,7 @@ class DLIFNode(neuron.BaseNode):
     @property
     def supported_backends(self) -> tuple[str, ...]:
         """Backend names that ``functional.set_backend`` of SpikingJelly 0.0.0.0.14 may set."""
-        return (*dispatch.BACKENDS, "spikingjelly")
+        return (*dlif.BACKENDS, "spikingjelly")
 
     @property
     def backend(self) -> str:
@@ -161,7 +161,7 @@ class DLIFNode(neuron.BaseNode):
                 "the fastest one that runs"
             )
         if value != "spikingjelly":
-            dispatch.check_backend(value)
+            dlif.check_backend(value)
         elif lif_multi_step is None:
             raise RuntimeError(
                 "backend='spikingjelly' needs SpikingJelly 2.x, whose LIF operator it is; use "
@@ -173,7 +173,7 @@ class DLIFNode(neuron.BaseNode):
         """Name of the implementation that would run on ``x_seq``."""
         if self._uses_host():
             return "spikingjelly"
-        return dispatch.choose_backend(self.backend, x_seq, self._surrogate())
+        return dlif.choose_backend(self.backend, x_seq, self._surrogate())
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sj_robust.core.convention import untouched
-from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.preserved import preserved
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.stage import NORM_DIMENSIONS, Stage, pools_2x2
 
@@ -138,7 +137,7 @@ def _not_run_whole(
             for sequence in holders[member]:
                 sequence.in_parts = True
 
-    with untouched(net), evaluation_mode(net), ExitStack() as hooks:
+    with preserved(net, "all"), ExitStack() as hooks:
         for path, stages in found.items():
             parent = net.get_submodule(path)
             sequence = sequences[path] = _Sequence()

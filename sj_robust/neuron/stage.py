@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
 from torch.utils._device import DeviceContext
 
-from sj_robust.core.host import functional, is_counted, layer
+from sj_robust.core.host import is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
-from sj_robust.ops.bn_dlif import apart
-from sj_robust.ops.bn_dlif.dispatch import check_call, fused_kernels, in_one_pass
-from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif import dispatch
+from sj_robust.ops.bn_dlif.config import BatchNorm
 from sj_robust.ops.dlif.config import DLIFConfig, Outputs
 
 __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
@@ -28,22 +26,20 @@ class Stage(nn.Module):
 
     It has the same parameters, results and errors as an ``nn.Sequential`` of the three. They run in
     one pass if they can: a DLIFNode with SpikingJelly's batch norm, an average over 2x2 neurons, or
-    both, in step mode ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton. They
-    run one after the other, exactly as in ``nn.Sequential``,
+    both, in step mode ``"m"``, on the CPU with the compiled kernel. They run one after the other,
+    exactly as in ``nn.Sequential``, on other devices and
 
     - if a child is hooked, replaced or an instance of a subclass, or a method is set on it,
-    - if a method by which torch calls a child, or ``batch_norm`` or ``avg_pool2d`` of
-      ``torch.nn.functional``, has been changed since this package was imported,
     - if torch has hooks on all modules
       (``torch.nn.modules.module.register_module_forward_hook``),
     - under a ``TorchFunctionMode``, and for tensors of a class with a ``__torch_function__``.
 
     Monitors and gradient estimators of this package do not need to split the pass if they only use
-    the neuron's input. SpikingJelly 2.x's counters (``op_counter``) see every child. Patches of
-    what those functions call in turn, such as methods of ``torch.Tensor`` or kernels set by
-    ``torch.library``, go unnoticed, and so does whatever was patched before the import; a
-    ``TorchDispatchMode`` sees one operator instead of three, and so does a ``TorchFunctionMode`` in
-    compiled code. In bfloat16 and float16, one pass does not round the values between the children.
+    the neuron's input. SpikingJelly 2.x's counters (``op_counter``) see every child. Patches of a
+    whole class or of torch's functions, such as ``torch.nn.functional.batch_norm``, go unnoticed;
+    a ``TorchDispatchMode`` sees one operator instead of three, and so does a ``TorchFunctionMode``
+    in compiled code. In bfloat16 and float16, one pass does not round the values between the
+    children.
 
     Equation: ``pool(node(norm(x_seq)))``; a missing norm or pooling is left out.
 
@@ -102,9 +98,8 @@ class Stage(nn.Module):
             norm = None if self.norm is None else _values(self.norm)
             watched = watched_of(self.node)
             wants = max([one.wants() for one in watched], default=Wants.NOTHING)
-            kernels = self._kernels(x_seq, norm, wants)
-            if kernels is not None:
-                return self._run_as_one(x_seq, norm, watched, wants, kernels)
+            if self._gives(x_seq, norm, wants):
+                return self._run_as_one(x_seq, norm, watched, wants)
         for _, child in self.parts():
             x_seq = child(x_seq)
         return x_seq
@@ -135,19 +130,20 @@ class Stage(nn.Module):
             return False  # which torch refuses in its own words
         return bool(x_seq.shape[2] == norm.num_features)
 
-    def _kernels(self, x_seq: Tensor, norm: BatchNorm | None, wants: Wants) -> str | None:
-        """What runs one pass; None where that does not give what is wanted or has no kernel."""
+    def _gives(self, x_seq: Tensor, norm: BatchNorm | None, wants: Wants) -> bool:
+        """Whether one pass gives what is wanted of this call, and has a kernel."""
         if wants is Wants.SPIKES or (wants is Wants.INPUT and self.node.gradient is not None):
-            return None
+            return False
         tensors: list[Tensor | None] = [x_seq]
         if norm is not None:
             if norm.use_batch_statistics and x_seq.numel() == x_seq.shape[2]:
-                return None  # a single value per channel, which torch refuses in its own words
+                return False  # a single value per channel, which torch refuses in its own words
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if _is_overridden(tensors):
-            return None
+            return False
         surrogate = self.node._surrogate()
-        return fused_kernels(x_seq, norm, surrogate, self.pool is not None, self.node.backend)
+        has_pool = self.pool is not None
+        return dispatch.runs_in_one_pass(x_seq, norm, surrogate, has_pool, self.node.backend)
 
     def _run_as_one(
         self,
@@ -155,7 +151,6 @@ class Stage(nn.Module):
         norm: BatchNorm | None,
         watched: list[Watched],
         wants: Wants,
-        kernels: str,
     ) -> Tensor:
         node = self.node
         told = [one for one in watched if not one.is_idle()]
@@ -165,19 +160,18 @@ class Stage(nn.Module):
             norm,
             average_pool=self.pool is not None,
             store_current=wants is Wants.INPUT,
-            kernels=kernels,
         )
         if node.gradient is None or not torch.is_grad_enabled():
             output: Tensor = node._advance(x_seq, operator)
         else:
-            output = self._run_with_gradient(x_seq, norm, kernels)
+            output = self._run_with_gradient(x_seq, norm)
         if norm is not None:
             _count_batch(self.norm)
         for one in told:
             one.leave(node, x_seq if norm is None else operator.current, None)
         return output
 
-    def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None, kernels: str) -> Tensor:
+    def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None) -> Tensor:
         """Forward in one pass except for the pooling, backward by the neuron's ``gradient`` from
         its currents.
         """
@@ -186,14 +180,14 @@ class Stage(nn.Module):
             unmoved = norm
             if norm.use_batch_statistics:
                 unmoved = replace(norm, running_mean=None, running_var=None)
-            currents = apart.normalise(x_seq, unmoved)
-        operator = _OnePass(norm, average_pool=False, store_current=False, kernels=kernels)
+            currents = dispatch.normalise(x_seq, unmoved)
+        operator = _OnePass(norm, average_pool=False, store_current=False)
         forward = partial(self.node._advance, x_seq, operator)
         spike_seq: Tensor = self.node.gradient.multi_step(currents, forward)
         if self.pool is None:
             return spike_seq
-        if apart.can_pool(spike_seq):
-            return apart.pool(spike_seq)
+        if dispatch.can_pool(spike_seq):
+            return dispatch.pool(spike_seq)
         return self.pool(spike_seq)  # type: ignore[no-any-return]  # torch types a call as Any
 
 
@@ -206,7 +200,6 @@ class _OnePass:
     norm: BatchNorm | None
     average_pool: bool
     store_current: bool
-    kernels: str
     current: Tensor | None = None
 
     def __call__(
@@ -219,8 +212,8 @@ class _OnePass:
         backend: str,
         **constants: Any,
     ) -> Outputs:
-        check_call(x_seq, self.norm, gain, v_init)
-        outputs = in_one_pass(
+        dispatch.check_call(x_seq, self.norm, gain, v_init)
+        outputs = dispatch.in_one_pass(
             x_seq,
             self.norm,
             gain,
@@ -229,7 +222,6 @@ class _OnePass:
             average_pool=self.average_pool,
             store_v_seq=store_v_seq,
             store_current=self.store_current,
-            kernels=self.kernels,
         )
         self.current = outputs.current
         return Outputs(outputs.spike_seq, outputs.v, outputs.v_seq)
@@ -287,69 +279,28 @@ def _count_batch(norm: Any) -> None:
         norm.num_batches_tracked.add_(1)
 
 
-# What runs when a module is called. torch has no public way to ask for hooks; these are the names
-# in every release since 2.0.
+# torch has no public way to ask for hooks; these are the names in every release since 2.0.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_METHODS = (
-    "__call__",
-    "_call_impl",
-    "forward",
-    "multi_step_forward",
-    "super_forward",
-    "_check_input_dim",
-)
-_NORM_FUNCTIONS = ((F, "batch_norm"), (torch, "batch_norm"), (functional, "seq_to_ann_forward"))
-_POOL_FUNCTIONS = ((F, "avg_pool2d"), (functional, "seq_to_ann_forward"))
 
 
-@dataclass(frozen=True)
-class _Original:
-    """What the children of a class run, as it was when this package was imported.
-
-    Attributes:
-        functions: Owner, name and function of every step of a call.
-        methods: Names of the class that must not be set on a child; those that Python looks up on
-            the class alone may be.
-    """
-
-    functions: tuple[tuple[Any, str, Any], ...]
-    methods: frozenset[str]
-
-    @classmethod
-    def of(cls, kind: type, base: type, functions: tuple[tuple[Any, str], ...] = ()) -> "_Original":
-        """That of a class whose forward calls that of ``base``, and other functions."""
-        steps = [*[(kind, name) for name in _METHODS], (base, "forward"), *functions]
-        names = [name for name in dir(kind) if not name.startswith("__")]
-        methods = [name for name in names if callable(getattr(kind, name))]
-        return cls(
-            tuple(
-                (owner, name, getattr(owner, name)) for owner, name in steps if hasattr(owner, name)
-            ),
-            frozenset(methods) | {"_compiled_call_impl"},
-        )
+def _methods(kind: type) -> frozenset[str]:
+    """Names that must not be set on a child; those that Python asks the class for may be."""
+    names = [name for name in dir(kind) if not name.startswith("__")]
+    methods = [name for name in names if callable(getattr(kind, name))]
+    return frozenset(methods) | {"_compiled_call_impl"}
 
 
-_ORIGINAL = {
-    DLIFNode: _Original.of(DLIFNode, DLIFNode),
-    layer.BatchNorm1d: _Original.of(layer.BatchNorm1d, nn.BatchNorm1d, _NORM_FUNCTIONS),
-    layer.BatchNorm2d: _Original.of(layer.BatchNorm2d, nn.BatchNorm2d, _NORM_FUNCTIONS),
-    layer.BatchNorm3d: _Original.of(layer.BatchNorm3d, nn.BatchNorm3d, _NORM_FUNCTIONS),
-    layer.AvgPool2d: _Original.of(layer.AvgPool2d, nn.AvgPool2d, _POOL_FUNCTIONS),
-}
+_METHODS = {kind: _methods(kind) for kind in (DLIFNode, *NORM_DIMENSIONS, layer.AvgPool2d)}
 
 
 def is_original(module: nn.Module) -> bool:
-    """Whether a call of a module runs what its class ran when this package was imported, and
-    nothing else.
+    """Whether a call of a module runs the code of its class, and nothing else.
 
     Hooks by which this package itself watches a neuron do not count: a stage tells them.
     """
-    original = _ORIGINAL.get(type(module))
-    if original is None or _sets_one_of(module, original.methods):
+    methods = _METHODS.get(type(module))
+    if methods is None or _sets_one_of(module, methods):
         return False
-    for owner, name, function in original.functions:
-        if getattr(owner, name, None) is not function:
-            return False
     for name in _HOOKS:
         hooks = getattr(module, name)
         if not hooks:

@@ -3,7 +3,7 @@ SpikingJelly.
 """
 
 import sj_robust.ops.bn_dlif.operator  # noqa: F401  # torch knows it from here on
-from sj_robust.ops.dlif.dispatch import available_backends, dlif_multi_step
+from sj_robust.ops.dlif.operator import available_backends, dlif_multi_step
 from sj_robust.ops.heap import keep_heap
 from sj_robust.ops.surrogate import Surrogate
 

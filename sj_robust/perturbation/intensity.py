@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.eps import Radii, parse_radii
-from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.saved import SavedResult, markdown_table
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.association import Association, auroc, pearson, spearman

@@ -19,10 +19,9 @@ from sj_robust.core.checks import (
     check_tensor,
     check_values,
 )
-from sj_robust.core.convention import Snapshot, kept_state, unreset
+from sj_robust.core.convention import kept_state, state_error
 from sj_robust.core.host import functional
-from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.random_numbers import RandomNumbers
+from sj_robust.core.preserved import RandomNumbers, Snapshot, evaluation_mode
 from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron, stated
 from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
@@ -289,7 +288,7 @@ class MPPDMonitor:
                 with numbers.again(), self.perturbed():
                     run(x_perturbed)
                 if before.changed() and (names := kept_state(self._net, x, run=run)):
-                    raise unreset(self._net, names)
+                    raise state_error(self._net, names)
             return _stats_of(_totals_of(self._recording.pairs))
         finally:
             self._recording.kept = kept

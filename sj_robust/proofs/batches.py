@@ -1,7 +1,6 @@
 """Proofs batch by batch, each checked against the network itself."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Literal, get_args
@@ -12,15 +11,14 @@ from torch import Tensor
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_logits
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import preserved, states_of_sources, sums_of_products
+from sj_robust.core.preserved import RandomNumbers, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.branching import Prover, Searched
-from sj_robust.proofs.exact import Matrices, mip
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits
 from sj_robust.proofs.joint import JointRun, OverTime
-from sj_robust.proofs.logits import bounded_logits
+from sj_robust.proofs.maps import Maps
+from sj_robust.proofs.mip import Programs
 from sj_robust.proofs.moves import Events
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.points import Points
 from sj_robust.proofs.soundness import (
     UnprovableError,
     UnsoundBoundsError,
@@ -35,9 +33,8 @@ from sj_robust.proofs.soundness import (
 
 __all__ = ["METHODS", "BatchProofs", "BoundedLayer", "Method"]
 
-Method = Literal["ibp", "joint", "crown", "bab", "mip"]
+Method = Literal["ibp", "joint", "mip"]
 METHODS = get_args(Method)
-_SearchAll = Callable[[Tensor, Tensor], Searched]
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,12 @@ class BatchProofs:
 
     Args:
         model: The classifier.
-        neurons: Its spiking layers, from :func:`~sj_robust.proofs.logits.bounded_neurons`.
+        neurons: Its spiking layers, from :func:`~sj_robust.proofs.bounds.bounded_neurons`.
         ball: Linf radius, or what may happen to event frames.
         x: The first images, with which the network is looked at; they are not proved.
         y: Their labels.
         method: How, as for :func:`~sj_robust.proofs.verify`.
-        time_limit: Seconds per image for bab and mip.
+        time_limit: Seconds per image for mip.
 
     Attributes:
         size: Largest number of images at a time.
@@ -98,16 +95,12 @@ class BatchProofs:
         self._model = model
         self._spiking = neurons
         self._ball = ball
-        self._method = method
+        self._time_limit = time_limit
         self._device = device_of(model)
+        self._points = Points(model, neurons, ball)
+        self._over_time: OverTime | None = None
+        self._programs: Programs | None = None
         maps = Maps(partial(bounded_logits, model), neurons, x[0].to(self._device))
-        self._prover = Prover(model, maps, ball)
-        by_mip = partial(mip, self._prover, Matrices(maps), time_limit=time_limit)
-        searches: dict[str, _SearchAll] = {
-            "bab": partial(self._prover.bab, time_limit=time_limit),
-            "mip": partial(_one_by_one, by_mip),
-        }
-        self._search = searches.get(method)
         self.size = len(x)
         with sums_of_products(self._device), preserved(model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
@@ -118,9 +111,10 @@ class BatchProofs:
             check_maps(maps)
             check_surrogates(model.net, neurons, images)
             if method != "ibp":
-                over_time = OverTime(maps, model.T)
-                self._prover.over_time = over_time
-                self.size = min(self.size, over_time.images)
+                self._over_time = OverTime(maps, model.T)
+                self.size = min(self.size, self._over_time.images)
+                if method == "mip":
+                    self._programs = Programs(self._over_time, self._points)
         self.correct: list[bool] = []
         self.margins: list[float] = []
         self.broken: list[bool] = []
@@ -147,21 +141,30 @@ class BatchProofs:
             self._apart = run.apart
             lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-            batch = _Batch(images, labels, margin=margin, wrong=wrong, x_adv=images)
-            if self._method not in ("ibp", "joint"):
-                batch = _tightened(batch, self._prover, self._search)
+            broken = wrong.clone()
+            x_adv = images.clone()
+            if self._programs is not None:
+                for n in (~(margin > 0) & ~wrong).nonzero().squeeze(1).tolist():  # NaN is no proof
+                    part = slice(n, n + 1)
+                    lead_of_one, point = self._programs.decided(
+                        images[part], labels[part], self._time_limit
+                    )
+                    margin[n] = max(float(margin[n]), lead_of_one)
+                    if point is not None:
+                        broken[n] = True
+                        x_adv[part] = point
             # layers are looked at in the first batch
-            points = islice(self._prover.points(images), 1 if done else None)
-            slopes = () if done else self._prover.along_currents(images)
-            for point in chain(points, self._prover.against_lead(images), slopes):
+            points = islice(self._points.drawn(images), 1 if done else None)
+            slopes = () if done else self._points.along_currents(images)
+            for point in chain(points, self._points.against_lead(images), slopes):
                 found = check_point(self._model, run, bounds, point)
-                _check_margins(found, labels, batch.margin, first=done)
-            _check_margins(logits, labels, batch.margin, first=done)
+                _check_margins(found, labels, margin, first=done)
+            _check_margins(logits, labels, margin, first=done)
             self._kept.check()  # what all forwards of the proofs left
         self.correct += (~wrong).tolist()
-        self.margins += batch.margin.tolist()
-        self.broken += batch.wrong.tolist()
-        self.x_adv.append(batch.x_adv.detach().to(x))
+        self.margins += margin.tolist()
+        self.broken += broken.tolist()
+        self.x_adv.append(x_adv.detach().to(x))
         for name, layer in run.layers.items():
             self._sizes[name] += layer.neurons
             seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
@@ -179,8 +182,7 @@ class BatchProofs:
     @property
     def stepwise(self) -> tuple[str, ...]:
         """Layers whose bounds are not joint over time, with the reason."""
-        over_time = self._prover.over_time
-        return () if over_time is None else over_time.stepwise
+        return () if self._over_time is None else self._over_time.stepwise
 
     @property
     def apart(self) -> tuple[str, ...]:
@@ -189,7 +191,7 @@ class BatchProofs:
 
     def _run(self, samples: int, *, watched: bool) -> BoundedRun:
         """A run of intervals, or of joint bounds if it is known how the network treats time."""
-        over_time = self._prover.over_time
+        over_time = self._over_time
         if over_time is None:
             return (WatchedRun if watched else BoundedRun)(self._spiking, samples)
         return (WatchedJointRun if watched else JointRun)(
@@ -199,10 +201,10 @@ class BatchProofs:
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
     """Logits of the network, if they are the same in so many runs and nothing is drawn."""
-    states = states_of_sources(model, images.device)
+    numbers = RandomNumbers(model, images.device)
     with torch.no_grad():
         logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
-    drawn = states_of_sources(model, images.device) != states
+    drawn = numbers.drawn()
     if drawn or any(not torch.equal(logits, other) for other in again):
         raise UnprovableError(
             "model must give the same logits in every forward, got one that draws random numbers "
@@ -228,67 +230,3 @@ def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int
             "bounds have a bug, or the network has a state that its reset leaves; please report "
             "it with the network"
         )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch of images and what is known of them.
-
-    Attributes:
-        images: The images [N, *].
-        labels: Their labels [N].
-        margin: What the right class leads by at least, [N].
-        wrong: Whether ``x_adv`` is classified wrong, [N].
-        x_adv: For an image that is wrong, one of its ball that shows it; otherwise itself.
-    """
-
-    images: Tensor
-    labels: Tensor
-    margin: Tensor
-    wrong: Tensor
-    x_adv: Tensor
-
-    def open_ones(self) -> list[int]:
-        """Numbers of the images that are neither verified nor wrong."""
-        proved = self.margin > 0  # NaN is no proof
-        found: list[int] = (~proved & ~self.wrong).nonzero().squeeze(1).tolist()
-        return found
-
-
-def _tightened(batch: _Batch, prover: Prover, search: _SearchAll | None) -> _Batch:
-    """The batch with what relaxation, and then a search, find of the images that are still open."""
-    images = batch.images
-    labels = batch.labels
-    margin = batch.margin.clone()
-    wrong = batch.wrong.clone()
-    x_adv = batch.x_adv.clone()
-    tighter = replace(batch, margin=margin, wrong=wrong, x_adv=x_adv)
-    rest = tighter.open_ones()
-    if rest:
-        linear = prover.crown(images[rest], labels[rest])
-        margin[rest] = torch.maximum(margin[rest], linear)
-    rest = tighter.open_ones()
-    if search is None or not rest:
-        return tighter
-    found = search(images[rest], labels[rest])
-    margin[rest] = torch.fmax(margin[rest], found.lead)  # NaN is no bound
-    for number, point in found.broken.items():
-        place = rest[number]
-        wrong[place] = True
-        x_adv[place] = point[0].to(x_adv)
-    return tighter
-
-
-def _one_by_one(
-    search: Callable[[Tensor, Tensor], tuple[float, Tensor | None]], images: Tensor, labels: Tensor
-) -> Searched:
-    """What a search for single images finds."""
-    lead = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
-    broken = {}
-    for i in range(len(images)):
-        value, point = search(images[i : i + 1], labels[i : i + 1])
-        if point is None:
-            lead[i] = value
-        else:
-            broken[i] = point
-    return Searched(lead, broken)

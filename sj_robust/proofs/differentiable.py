@@ -11,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.convention import untouched
 from sj_robust.core.host import first_argument
-from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward, preserved
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import EVENTS, Events
-from sj_robust.proofs.relaxation import Maps
 from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]
@@ -125,7 +123,7 @@ class DifferentiableBounds:
             stack.enter_context(evaluation_mode(self.classifier))
             if not self._checked:
                 with full_precision(x.device):
-                    with untouched(self.classifier, hooks=False):
+                    with preserved(self.classifier, "all", hooks=False):
                         check_kept(self.classifier, x)
                     maps = Maps(partial(bounded_logits, self.classifier), self._neurons, x[0])
                     maps.check_samples()

@@ -16,7 +16,7 @@ from sj_robust.ops.trains.operator import BoundsBackend, trained_reason
 from sj_robust.proofs.joint import window_weights
 from sj_robust.proofs.rounding import FLOAT64_GAP
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
-from sj_robust.proofs.trains import Trains, possible_trains
+from sj_robust.proofs.windows import ListedTrains, possible_trains
 
 __all__ = ["ChainSums", "Chains", "DifferentiableChain", "Gates"]
 
@@ -103,7 +103,7 @@ class Chains:
     counts: list[int]
 
     @classmethod
-    def of(cls, trains: Trains, current: Interval) -> "Chains":
+    def of(cls, trains: ListedTrains, current: Interval) -> "Chains":
         """Of currents [M]."""
         first, last = ends_of(trains, current)
         number = len(trains.spikes)
@@ -119,7 +119,7 @@ class Chains:
         )
 
 
-def ends_of(trains: Trains, current: Interval) -> tuple[Tensor, Tensor]:
+def ends_of(trains: ListedTrains, current: Interval) -> tuple[Tensor, Tensor]:
     """Numbers of the first and the last train that currents [M] can cause."""
     exact = current.each(lambda end: end.detach().double())
     found = trains.chain(exact)
@@ -135,7 +135,7 @@ class DifferentiableChain:
         current: Of the neurons, [M].
     """
 
-    def __init__(self, spiking: RealSpiking, trains: Trains, current: Interval) -> None:
+    def __init__(self, spiking: RealSpiking, trains: ListedTrains, current: Interval) -> None:
         """See the class."""
         like = current.low
         gates = Gates.between(trains.spikes.cpu(), spiking)

@@ -12,7 +12,7 @@ from sj_robust.ops.trains.reference import Spiking, differentiable_sums
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
 from sj_robust.proofs.joint import JointRun, MappedSums, OverTime, by_step, in_layout
-from sj_robust.proofs.opened import counts
+from sj_robust.proofs.program import counts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
 from sj_robust.proofs.windows import KEPT, SpikeTrains
@@ -70,7 +70,7 @@ class DifferentiableJointRun(JointRun):
         memory = self.memories[name]
         trains = self.trains[name]
         first = trains.steps
-        current = self._current(self.stages[-1])
+        current = self._current(self.layer_calls[-1])
         memory.currents += current.steps()
         steps = len(memory.currents)
         trains.shape = current.low.shape[1:]
@@ -86,7 +86,7 @@ class DifferentiableJointRun(JointRun):
             known = 1 + max(ends, default=-1)
             sums = self._all_sums(spiking, slice(None), first=known)
             trains.sums = sums.low, sums.high
-        self.stages.clear()
+        self.layer_calls.clear()
         if name in self.over_time.counted:  # nobody asks for single spikes
             half = torch.full_like(current.low, 0.5)
             return Centred(half, half)
@@ -95,10 +95,10 @@ class DifferentiableJointRun(JointRun):
 
     def _joined(self, gain: Tensor, currents: list[Interval], longer: MappedSums) -> Interval:
         """See :class:`JointRun`; the graph of all sums is one node."""
-        stage = self.stages[-1]
-        x = stage.current
-        centre = by_step(x.centre, self.samples, stage.batch_dim).flatten(1)
-        radius = by_step(x.radius, self.samples, stage.batch_dim).flatten(1)
+        call = self.layer_calls[-1]
+        x = call.current
+        centre = by_step(x.centre, self.samples, call.batch_dim).flatten(1)
+        radius = by_step(x.radius, self.samples, call.batch_dim).flatten(1)
         if x.changes is not None or len(centre) != len(currents):
             return super()._joined(gain, currents, longer)
         low, high = WindowSums.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from sj_robust.proofs import nonlinear
-from sj_robust.proofs.bound_tensor import Bounds, Function, Rule, run_of
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rule_arguments import (
+from sj_robust.proofs.spiking import Interval
+from sj_robust.proofs.values import (
+    Bounds,
+    Function,
+    Rule,
     as_bounds,
     centre_of_either,
     check_dtype,
@@ -20,8 +23,8 @@ from sj_robust.proofs.rule_arguments import (
     is_rounded,
     new_leaf,
     reshaped,
+    run_of,
 )
-from sj_robust.proofs.spiking import Interval
 
 __all__ = ["OPERATIONS", "chosen", "step"]
 
@@ -48,7 +51,7 @@ def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
     if inplace:
         raise NoBoundsError("a ReLU that writes into its input: use inplace=False")
     values = interval(x).each(torch.relu)
-    return new_leaf(x.run, Function("a ReLU", torch.relu), [x], values)
+    return new_leaf(x.run, Function("a ReLU"), [x], values)
 
 
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:

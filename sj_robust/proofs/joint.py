@@ -16,27 +16,27 @@ from sj_robust.ops.trains.config import Currents, StepBounds, Windows
 from sj_robust.ops.trains.operator import bounded_steps
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
+from sj_robust.proofs.maps import Maps, Trace
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.opened import counts
-from sj_robust.proofs.origins import leaves_of, replayed
-from sj_robust.proofs.relaxation import Maps, Stage, Step, Trace
+from sj_robust.proofs.program import counts, leaves_of, replayed
 from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
-from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, Spiking
-from sj_robust.proofs.trains import Trains, possible_trains
+from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 from sj_robust.proofs.windows import (
     KEPT,
+    ListedTrains,
     Memory,
     SpikeTrains,
     Steps,
     check_finite,
     constants_of,
     kept_steps,
+    possible_trains,
     stacked,
     weighted_sums,
 )
 
-__all__ = ["JointRun", "MappedSums", "OverTime"]
+__all__ = ["JointRun", "LayerCall", "MappedSums", "OverTime"]
 
 _FACTORS = 4096
 """Random numbers, one for each step of a layer; more steps begin anew."""
@@ -224,7 +224,7 @@ class OverTime:
         size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
         self.images = max(1, 2 * _ELEMENTS // (size * windows))
-        self._trains: dict[tuple[str, int, float, float], Trains | None] = {}
+        self._trains: dict[tuple[str, int, float, float], ListedTrains | None] = {}
 
     def _find_kinds(self, trace: _TimedTrace) -> Iterator[str]:
         """Fill ``kinds``; gives what has bounds of single steps, with the reason."""
@@ -286,7 +286,9 @@ class OverTime:
             found[layer] = only_frames[layer] and has_all_frames and same
         return found
 
-    def trains(self, spiking: Spiking, T: int, *, current: Interval, error: float) -> Trains | None:
+    def trains(
+        self, spiking: SpikingBounds, T: int, *, current: Interval, error: float
+    ) -> ListedTrains | None:
         """The trains of a layer for constant currents and errors up to the next powers of two."""
         largest = _power_of_two(float(current.size().max()))
         error = _power_of_two(error)
@@ -297,6 +299,26 @@ class OverTime:
                 spiking, T, largest=largest, error=error, device=device
             )
         return self._trains[key]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a spiking layer or of another function on bounds: an affine map of earlier leaves
+    ends here, and a leaf begins.
+
+    Attributes:
+        by: The spiking layer, or the function.
+        leaf: Number of the leaf.
+        current: What reaches it.
+        batch_dim: Where the current has its samples, as a leaf.
+        first: Time steps of the layer before this call.
+    """
+
+    by: Neuron | Function
+    leaf: int
+    current: Bounds
+    batch_dim: int
+    first: int
 
 
 class JointRun(BoundedRun):
@@ -323,8 +345,7 @@ class JointRun(BoundedRun):
         super().__init__(neurons, samples, **given)
         self.over_time = over_time
         over_time.maps.tell_layouts(self)
-        self.stages: list[Stage] = []
-        """What a relaxation starts from."""
+        self.layer_calls: list[LayerCall] = []
         self.memories = {name: Memory(SpikeTrains(Windows(KEPT))) for name in neurons}
         self.changes: dict[str, list[Changes]] = {name: [] for name in neurons}
         """What changed events can do to the current of each step so far."""
@@ -352,16 +373,16 @@ class JointRun(BoundedRun):
         name = neuron.name
         memory = self.memories[name]
         layer = self.layers[name]
-        stage = self.stages[-1]
+        call = self.layer_calls[-1]
         first = memory.trains.steps
         spiking = Float32Spiking(neuron, layer)
-        current = self._current(stage)
-        error = by_step(stage.current.error, self.samples, stage.batch_dim)
+        current = self._current(call)
+        error = by_step(call.current.error, self.samples, call.batch_dim)
         memory.currents += current.steps()
         memory.rounded += x_seq.steps()
         memory.errors += error
         memory.error = max(memory.error, float(error.max()))
-        self.changes[name] += self._changes(stage, len(error))
+        self.changes[name] += self._changes(call, len(error))
         if self.over_time.kinds[name] == "constant":
             memory.known += self._chain(spiking, memory).steps()
         if first == 0:
@@ -369,19 +390,12 @@ class JointRun(BoundedRun):
         found = self._bounded(spiking, memory)
         shape = current.low.shape[1:]
         steps = kept_steps(found, shape)[first:]
-        for t, step in enumerate(steps, first):
+        for step in steps:
             memory.steps.append(step)
             memory.trains.spikes.append(step.spikes)
             layer.undecided.append(float(step.spikes.width().sum()))
             width = step.h.width().square().sum()
             layer.width.append(float(width))
-            relaxed = Step(
-                gain=spiking.gain_at(t),
-                lower=step.h.low,
-                upper=step.h.high,
-                error=error[t - first],
-            )
-            stage.steps.append(relaxed)
         layer.neurons = shape.numel()
         layer.steps += len(steps)
         return stacked([step.spikes for step in steps])
@@ -468,18 +482,20 @@ class JointRun(BoundedRun):
         return wider.holds(sums.view(bounds.low.shape))
 
     def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        stage = Stage(len(self.leaves), x.same(), batch_dim)
-        self.stages.append(stage)
+        first = 0
+        if isinstance(by, Neuron) and counts(by) is None:
+            first = self.memories[by.name].trains.steps
+        self.layer_calls.append(LayerCall(by, len(self.leaves), x.same(), batch_dim, first))
         self._by = by
 
-    def _current(self, stage: Stage) -> Interval:
+    def _current(self, call: LayerCall) -> Interval:
         """Bounds of a current in exact arithmetic, [steps, N, *]."""
-        x = stage.current
+        x = call.current
         exact = Interval(x.least, x.most)
-        in_time = partial(by_step, samples=self.samples, batch_dim=stage.batch_dim)
+        in_time = partial(by_step, samples=self.samples, batch_dim=call.batch_dim)
         return exact.each(in_time)
 
-    def _sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+    def _sums(self, dynamics: SpikingBounds, some: Tensor | slice, *, first: int) -> Interval:
         """Bounds of the sums of every window that ends in a step from the first one on, for some
         of the neurons, [W, O]: as :meth:`Windows.listed` has them. One step alone has those of its
         current.
@@ -562,11 +578,11 @@ class JointRun(BoundedRun):
         assert self.changed is not None
         entering = self.changed.changes
         assert isinstance(entering, Shifts)
-        stage = self.stages[-1]
-        origin = stage.current.origin
+        call = self.layer_calls[-1]
+        origin = call.current.origin
         assert origin is not None
         frames = self.changed.centre.shape[1]
-        steps = len(by_step(stage.current.radius, self.samples, stage.batch_dim))
+        steps = len(by_step(call.current.radius, self.samples, call.batch_dim))
         first = weights.shape[1] - steps
         every = F.pad(weights, (0, frames - weights.shape[1]))
         nothing = torch.zeros_like(self.changed.radius)
@@ -581,13 +597,13 @@ class JointRun(BoundedRun):
             entered = Bounds(nothing, nothing, run=exact, changes=shifts)
             found = replayed(origin, {0: entered}).changes
             assert found is not None
-            raised = by_step(found.raised(), self.samples, stage.batch_dim)
-            lowered = by_step(found.lowered(), self.samples, stage.batch_dim)
+            raised = by_step(found.raised(), self.samples, call.batch_dim)
+            lowered = by_step(found.lowered(), self.samples, call.batch_dim)
             rises += map(chosen, raised[: len(some)])
             falls += map(chosen, lowered[: len(some)])
         return torch.stack(rises), torch.stack(falls)
 
-    def _all_sums(self, dynamics: Spiking, some: Tensor | slice, *, first: int) -> Interval:
+    def _all_sums(self, dynamics: SpikingBounds, some: Tensor | slice, *, first: int) -> Interval:
         """The same of all windows so far, those of earlier calls among them."""
         memory = self.memories[dynamics.neuron.name]
         listed = memory.trains.windows.listed(len(memory.currents))
@@ -601,14 +617,14 @@ class JointRun(BoundedRun):
         order = torch.tensor(numbers, device=every.low.device)
         return every.each(lambda end: end[order])
 
-    def _changes(self, stage: Stage, steps: int) -> list[Changes]:
+    def _changes(self, call: LayerCall, steps: int) -> list[Changes]:
         """What changed events can do in the steps of a call; nothing where it is not known."""
-        changes = stage.current.changes
+        changes = call.current.changes
         if changes is None:
             return []
 
         def step(part: Tensor, t: int) -> Tensor:
-            return by_step(part, self.samples, stage.batch_dim)[t]
+            return by_step(part, self.samples, call.batch_dim)[t]
 
         return [changes.moved(partial(step, t=t), apart=False) for t in range(steps)]
 
@@ -666,7 +682,7 @@ class JointRun(BoundedRun):
         with torch._C.DisableTorchFunctionSubclass():
             return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
 
-    def _chain(self, dynamics: Spiking, memory: Memory) -> Interval:
+    def _chain(self, dynamics: SpikingBounds, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
         memory.trains.chain = None
         current = memory.currents[-1]
@@ -696,10 +712,10 @@ class JointRun(BoundedRun):
         ``sum_t weights[f, t]`` times. As many sums as the call has steps take the steps' places; a
         sum without weights is the shift alone.
         """
-        stage = self.stages[-1]
-        origin = stage.current.origin
+        call = self.layer_calls[-1]
+        origin = call.current.origin
         assert origin is not None
-        steps = len(by_step(stage.current.radius, self.samples, stage.batch_dim))
+        steps = len(by_step(call.current.radius, self.samples, call.batch_dim))
         places = steps * (len(weights) // steps + 1)
         without = weights.new_zeros(places - len(weights), weights.shape[1])
         padded = torch.cat([weights, without])
@@ -712,7 +728,7 @@ class JointRun(BoundedRun):
 
         def chosen(part: Tensor) -> Tensor:
             # in float32 the ends would be rounded once more
-            rows = by_step(part, self.samples, stage.batch_dim).flatten(1)
+            rows = by_step(part, self.samples, call.batch_dim).flatten(1)
             return rows[:, some].to(weights)
 
         centres = []
@@ -829,7 +845,7 @@ def _power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1]) if value else 0.0
 
 
-def window_weights(dynamics: Spiking, windows: Tensor, steps: int) -> Tensor:
+def window_weights(dynamics: SpikingBounds, windows: Tensor, steps: int) -> Tensor:
     """Weight of every step's current in the potential at the end of each window (a, t), [W, steps],
     with the graph of the neuron's gains and decay.
     """

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust.proofs.changes import Changes, first_changes, frame_numbers, frames_of_rows
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Changes, Flips, first_changes, frame_numbers, frames_of_rows
 from sj_robust.proofs.spiking import Interval
 
-__all__ = ["EVENTS", "Events", "Moves", "Shifts"]
+__all__ = ["EVENTS", "Events", "MovedEvents", "Shifts"]
 
 _LISTED = 256
 """Frames of a pixel and polarity that its moves can lead to and that are listed one by one."""
@@ -23,7 +22,7 @@ _CODED = 62
 
 
 @dataclass(frozen=True)
-class Moves:
+class MovedEvents:
     """Event frames [N, T, *] of which at most ``budget`` events are moved in time: an event keeps
     pixel and polarity and comes at most ``largest_shift`` frames earlier or later.
     至多移动若干事件的球。
@@ -40,7 +39,7 @@ class Moves:
 
     Examples:
         >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
-        >>> Moves(1, 1).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
+        >>> MovedEvents(1, 1).lowest(x, torch.tensor([[[0.0], [-1.0], [-5.0]]])).flatten()
         tensor([0., 1., 0.])
     """
 
@@ -51,7 +50,7 @@ class Moves:
     @classmethod
     def of(
         cls, frames: Tensor, budget: float, largest_shift: int | None, *, counts: bool = False
-    ) -> "Moves":
+    ) -> "MovedEvents":
         """The moves of given frames; None is any shift."""
         T = frames.shape[1]
         shift = T - 1 if largest_shift is None else min(largest_shift, T - 1)
@@ -101,21 +100,6 @@ class Moves:
             ball=self,
             frames=frames,
         )
-
-    def falls(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """How far a move of an event of each value lowers sums with weights [R, T, *] of frames
-        [1, T, *], by itself.
-        """
-        by_line = weights.flatten(2).transpose(1, 2)
-        lines = by_line.flatten(0, 1)
-        gain = _highest_within(-lines, self.largest_shift) + lines
-        by_frame = gain.view_as(by_line).transpose(1, 2)
-        _, leaving = self.reach(frames)
-        return by_frame.reshape(weights.shape) * (leaving > 0)
-
-    def times(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """How many events each value may lose, [R, T, *]."""
-        return frames.expand(weights.shape)
 
     def lowest(self, frames: Tensor, weights: Tensor) -> Tensor:
         """Frames of the ball whose sum with the weights is low, with one move at most of a pixel
@@ -207,10 +191,10 @@ class Moves:
         return first_changes(torch.cat(of_copies, 1), self.budget, 1)
 
 
-Events = Flips | Moves
+Events = Flips | MovedEvents
 """A ball of event frames."""
 
-EVENTS = (Flips, Moves)
+EVENTS = (Flips, MovedEvents)
 """The same for ``isinstance``."""
 
 
@@ -227,7 +211,7 @@ class Shifts(Changes):
         frames: The frames [N, T, *].
     """
 
-    ball: Moves | None = None
+    ball: MovedEvents | None = None
     frames: Tensor | None = None
 
     def linear(self, weight: Tensor, shape: torch.Size) -> Changes | None:
@@ -240,17 +224,6 @@ class Shifts(Changes):
         if self.frame.ndim != 4 or frames_of_rows(self.frame) is None:
             return None
         return super().convolved(weight, shape, **geometry)
-
-    def falls(self, samples: Tensor, weights: Tensor) -> Tensor:
-        """See :class:`Changes`."""
-        assert self.ball is not None
-        assert self.frames is not None
-        lines = _as_lines(self.frames[samples])
-        own = _as_lines(weights)
-        falling = -own.flatten(0, 1)
-        gains = self.ball.gains(lines.flatten(0, 1), falling)
-        of_samples = gains.view(len(samples), -1)
-        return first_changes(of_samples, self.budget, 1)
 
     def over_time(self, weights: Tensor) -> "Shifts":
         """How far sums over time of the frames' values can rise and fall: step t has what moves do
@@ -358,7 +331,7 @@ class _ListedMoves:
     costs: tuple[int, ...]
 
     def gains(self, weights: Tensor) -> Tensor:
-        """See :meth:`Moves.gains`: of lines that are this one, with weights [M, T]."""
+        """See :meth:`MovedEvents.gains`: of lines that are this one, with weights [M, T]."""
         added = weights.new_tensor(self.added)
         sums = weights @ added.T
         costs = torch.tensor(self.costs, device=weights.device)

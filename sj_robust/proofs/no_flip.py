@@ -18,9 +18,8 @@ from sj_robust.core.host import first_argument
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
-from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.logits import bounded_logits
-from sj_robust.proofs.origins import leaves_of
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits
+from sj_robust.proofs.program import leaves_of
 from sj_robust.proofs.rounding import (
     LEAST_SHARE,
     charge_rounding,

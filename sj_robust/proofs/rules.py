@@ -15,7 +15,10 @@ from torch import Tensor
 
 from sj_robust.core.broadcast import along
 from sj_robust.proofs import function_rules, nonlinear
-from sj_robust.proofs.bound_tensor import (
+from sj_robust.proofs.changes import Changes
+from sj_robust.proofs.function_rules import step
+from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
+from sj_robust.proofs.values import (
     ON_TRUTH,
     RULES,
     Bounds,
@@ -23,13 +26,6 @@ from sj_robust.proofs.bound_tensor import (
     Pooling,
     Rule,
     Run,
-    is_truth,
-    run_of,
-)
-from sj_robust.proofs.changes import Changes
-from sj_robust.proofs.function_rules import step
-from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
-from sj_robust.proofs.rule_arguments import (
     as_bounds,
     centre_of_either,
     check_dtype,
@@ -38,7 +34,9 @@ from sj_robust.proofs.rule_arguments import (
     dispatched,
     interval,
     is_rounded,
+    is_truth,
     new_leaf,
+    run_of,
     size_of_constant,
 )
 

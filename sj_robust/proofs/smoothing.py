@@ -1,11 +1,9 @@
 """Randomised smoothing: a vote over Gaussian noise and its certified L2 radius."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +16,12 @@ from sj_robust.core.checks import (
     check_model,
     check_size,
 )
-from sj_robust.core.preserved import generators_of, preserved, states_of_sources
+from sj_robust.core.preserved import RandomNumbers, generators_of, preserved, seeded_network
 from sj_robust.core.randomness import (
     SampleSeeds,
     check_seeds,
     draw_seed,
     private_generator,
-    seeded_globals,
 )
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.soundness import KeptValues, check_kept
@@ -213,7 +210,7 @@ def smooth(
     predictions = []
     radii = []
     counts = []
-    with torch.no_grad(), preserved(model), _kept_globals():
+    with torch.no_grad(), preserved(model):
         draws = _Draws(model, sigma, batch_size)
         for row in range(len(x)):
             votes = draws.votes(x[row], n0, seeds_of_guesses[row])
@@ -289,9 +286,9 @@ class _Draws:
                 self._kept = check_kept(self.model, noisy)
         if not self.one_by_one:
             with _from_seed(self.model, own.single(), noisy.device):
-                before = states_of_sources(self.model, noisy.device)
+                numbers = RandomNumbers(self.model, noisy.device)
                 logits = self._forward(noisy)
-                drew = states_of_sources(self.model, noisy.device) != before
+                drew = numbers.drawn()
             self.one_by_one = drew or not self._rows_are_apart(noisy, own.single(), logits)
             if not self.one_by_one:
                 return logits
@@ -381,24 +378,11 @@ def _check_same(again: Tensor, logits: Tensor) -> None:
 
 @contextmanager
 def _from_seed(model: object, seed: int, device: torch.device) -> Iterator[None]:
-    """All generators that a network may draw from, seeded; torch's global ones are restored."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # a network may draw from the global one
-    with seeded_globals(seed, device):
+    """All generators that a network may draw from, with one seed."""
+    with seeded_network(model, seed, device):
         for generator in generators_of(model):
             generator.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _kept_globals() -> Iterator[None]:
-    """Python's and numpy's global generators go on as if nothing had been drawn."""
-    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  # as above
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002  # as above
 
 
 def _noise(image: Tensor, generator: torch.Generator) -> Tensor:

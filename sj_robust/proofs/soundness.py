@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 from sj_robust.core.host import functional
 from sj_robust.core.preserved import other_forward, preserved
 from sj_robust.neuron.charging import Charging, Neuron, has_known_dynamics
-from sj_robust.proofs.bound_tensor import HeldPotential
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
-from sj_robust.proofs.opened import counts, spiking_surrogates
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.maps import Maps
+from sj_robust.proofs.program import counts, spiking_surrogates
 from sj_robust.proofs.rounding import is_rounding
 from sj_robust.proofs.rules import NONLINEAR, Bounds
 from sj_robust.proofs.spiking import Interval
+from sj_robust.proofs.values import HeldPotential
 
 __all__ = [
     "KeptValues",

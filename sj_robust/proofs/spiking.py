@@ -29,7 +29,7 @@ __all__ = [
     "Interval",
     "LayerBounds",
     "RealSpiking",
-    "Spiking",
+    "SpikingBounds",
 ]
 
 
@@ -130,7 +130,7 @@ class LayerBounds:
     held: dict[str, Any] = field(default_factory=dict)
 
 
-class Spiking(ABC):
+class SpikingBounds(ABC):
     """One call of a spiking layer on bounds of its currents.
 
     Spikes are an interval of numbers: ``low`` is 1 where the neuron fires for sure, ``high`` where
@@ -190,13 +190,15 @@ class Spiking(ABC):
 
     def start(self, like: Tensor) -> Interval:
         """The potential before the first step, one number for all neurons."""
-        if bool((torch.as_tensor(self.neuron.module.v) != self.rest).any()):
+        v = self.neuron.module.v
+        is_constant = isinstance(v, int | float) or type(v) is Tensor
+        if not is_constant or bool((torch.as_tensor(v) != self.rest).any()):
             raise NoBoundsError(
-                f"the layer {self.neuron.name}, whose v_reset was changed after it was built: "
-                "give it v_reset then"
+                f"the layer {self.neuron.name}, whose v is not v_reset before its first step: set "
+                "v_reset when it is built, and no v in a forward"
             )
-        v = like.new_tensor(self.rest)
-        return Interval(v, v)
+        rest = like.new_tensor(self.rest)
+        return Interval(rest, rest)
 
     def charged(
         self, v: Interval, x: Interval, *, decay: float | Tensor, gain: float | Tensor
@@ -236,7 +238,7 @@ class Spiking(ABC):
         return Interval(low, high)
 
 
-class RealSpiking(Spiking):
+class RealSpiking(SpikingBounds):
     """In real numbers and with a graph, for training: surrogates stand for the derivatives of both
     bounds of a spike; as with ``detach_reset``, the reset passes no gradient on.
 
@@ -253,13 +255,13 @@ class RealSpiking(Spiking):
         self.surrogate_width = surrogate_width
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         gain = self.tensor_gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay, gain=gain)
         return h, h.each(lambda end: fire(end, self.threshold, self.spike))
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         return super().reset(h, spikes.each(Tensor.detach))
 
     def spike(self, z: Tensor) -> Tensor:
@@ -272,7 +274,7 @@ class RealSpiking(Spiking):
         return self.neuron.surrogate.derivative(z / width) / width
 
 
-class Float32Spiking(Spiking):
+class Float32Spiking(SpikingBounds):
     """With whatever float32 rounds; all numbers are float64 and without a graph."""
 
     def __init__(self, neuron: Neuron, layer: LayerBounds) -> None:
@@ -282,18 +284,17 @@ class Float32Spiking(Spiking):
         self.above += unit
         self.below -= unit
 
-    def charged_in_float32(self, v: Interval, x: Interval) -> tuple[Interval, Tensor, float]:
-        """Charged potential, what float32 rounds of it, and the gain of the current."""
+    def charged_in_float32(self, v: Interval, x: Interval) -> Interval:
+        """Charged potential with what float32 rounds of it."""
         gain = self.gain_at(self.layer.steps)
         h = self.charged(v, x, decay=self.charging.decay_value, gain=gain)
         size = v.size() + abs(gain) * x.size() + abs(self.rest)
-        error = within_float32(charge_rounding(size))
-        return h.widened(error), error, gain
+        return h.widened(within_float32(charge_rounding(size)))
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
-        h, error, gain = self.charged_in_float32(v, x)
-        h, spikes = self.decided(h, error, gain)
+        """See :class:`SpikingBounds`."""
+        h = self.charged_in_float32(v, x)
+        spikes = Interval(fire(h.low, self.above), fire(h.high, self.below))
         undecided = spikes.width().sum()
         width = h.width().square().sum()
         self.layer.undecided.append(float(undecided))
@@ -301,21 +302,9 @@ class Float32Spiking(Spiking):
         return h, spikes
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         rounded = reset_rounding(h.size(), self.rest, self.threshold)
         return super().reset(h, spikes).widened(rounded)
-
-    def decided(self, h: Interval, error: Tensor, gain: float) -> tuple[Interval, Interval]:
-        """Charged potential and spikes; who knows more than intervals do gives less of both.
-
-        Args:
-            h: Charged potential as intervals bound it.
-            error: How far float32's can be from the charge equation; it is part of ``h``.
-            gain: Gain of the current in this step.
-        """
-        sure = fire(h.low, self.above)
-        possible = fire(h.high, self.below)
-        return h, Interval(sure, possible)
 
 
 class Float32Counting(Float32Spiking):
@@ -334,8 +323,8 @@ class Float32Counting(Float32Spiking):
         self.most = most
 
     def step(self, v: Interval, x: Interval) -> tuple[Interval, Interval]:
-        """See :class:`Spiking`."""
-        h, _, _ = self.charged_in_float32(v, x)
+        """See :class:`SpikingBounds`."""
+        h = self.charged_in_float32(v, x)
         threshold = self.threshold
         scaled = h.times(1.0 / threshold)
         scaled = scaled.widened(reset_rounding(scaled.size(), 0.0, 0.0))
@@ -347,7 +336,7 @@ class Float32Counting(Float32Spiking):
         return h, spikes
 
     def reset(self, h: Interval, spikes: Interval) -> Interval:
-        """See :class:`Spiking`."""
+        """See :class:`SpikingBounds`."""
         threshold = self.threshold
         low = h.low - threshold * spikes.low
         high = h.high - threshold * spikes.high

@@ -41,11 +41,11 @@ from sj_robust.core.shown import Shown, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron, NeuronKey, is_neuron, stated
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
-from sj_robust.proofs.constants import parameters_kept_in_float64
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.logits import bounded_neurons
-from sj_robust.proofs.moves import Events, Moves
+from sj_robust.proofs.bounds import bounded_neurons
+from sj_robust.proofs.changes import Flips
+from sj_robust.proofs.moves import Events, MovedEvents
 from sj_robust.proofs.soundness import UnprovableError
+from sj_robust.proofs.values import parameters_kept_in_float64
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -222,14 +222,10 @@ def verify(
       step has a chain of possible spike trains; a potential is bounded as one sum over the steps
       since the last reset; the logits are bounded by spike counts. Operations that are not sums of
       spikes over time, such as max pooling, keep the intervals, and the result says where.
-    - ``"crown"``: a linear relaxation of every undecided spike with its reset, and bounds by
-      back-substitution.
-    - ``"bab"``: branch and bound over the undecided spikes, with the bounds of ``"crown"``.
-    - ``"mip"``: a mixed-integer program with one binary variable per undecided spike, for small
-      networks; needs scipy.
-
-    The last two run the network itself on the corners where their bounds are lowest, and mip also
-    on its solution; misclassified images are in ``x_adv`` of the result.
+    - ``"mip"``: a mixed-integer program with one binary variable per undecided spike and joint
+      bounds as its constants, for small networks; needs scipy. It also runs the network itself on
+      points along its own gradients and on solutions of the program; misclassified images are in
+      ``x_adv`` of the result.
 
     Args:
         model: A classifier in float32, without a stochastic encoder, which runs in evaluation mode;
@@ -246,10 +242,8 @@ def verify(
         norm: ``"Linf"``, ``"L0"`` for changed events, or ``"moves"`` for events moved in time.
         largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
         counts: For L0 and moves, whether frames hold numbers of events, and not 0 or 1.
-        method: "ibp", "joint", "crown", "bab" or "mip".
-        time_limit: Seconds per image for bab and mip; an image that needs more counts as unknown.
-            For bab they are converted into the number of operations that one core performs in that
-            time, so results do not depend on how busy the machine is.
+        method: "ibp", "joint" or "mip".
+        time_limit: Seconds per image for mip; an image that needs more counts as unknown.
         batch_size: Images at a time; memory grows with it, not with N.
         decay: Fraction of the potential kept per step by neurons whose dynamics are not known, as
             in ``sj_robust.MPPDMonitor``; their firing and reset must be those of a BaseNode.
@@ -287,7 +281,7 @@ def verify(
         >>> result.verified
         (True, False)
         >>> verify(
-        ...     model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab"
+        ...     model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="mip"
         ... ).broken
         (True,)
     """
@@ -361,15 +355,15 @@ def ball_of(
         )
     if norm == "L0":
         return Flips(int(eps), counts)
-    return Moves(int(eps), sys.maxsize if largest_shift is None else largest_shift, counts)
+    return MovedEvents(int(eps), sys.maxsize if largest_shift is None else largest_shift, counts)
 
 
 def ball_of_frames(ball: Events, x: Tensor) -> Events:
     """The ball of these frames, which are binary, or numbers of events."""
     check_events(x, counts=ball.counts)
-    if isinstance(ball, Moves):
+    if isinstance(ball, MovedEvents):
         check_shift(None if ball.largest_shift == sys.maxsize else ball.largest_shift, x)
-        return Moves.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
+        return MovedEvents.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
     elements = x[0].numel()
     if ball.budget > elements and not ball.counts:
         raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")

@@ -12,9 +12,9 @@ from torch import Tensor
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import check_choice, check_count, check_events, check_switch
 from sj_robust.core.preserved import draws_numbers, preserved
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.moves import Events, Moves
+from sj_robust.proofs.moves import Events, MovedEvents
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.batch_norm import batch_statistics
 
@@ -239,7 +239,7 @@ class CertifiedLoss:
                 return Flips(radius, self.options.counts)
             case "moves":
                 shift = self.options.largest_shift
-                return Moves.of(x, radius, shift, counts=self.options.counts)
+                return MovedEvents.of(x, radius, shift, counts=self.options.counts)
 
 
 @contextmanager

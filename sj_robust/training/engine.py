@@ -31,7 +31,6 @@ __all__ = [
     "NonFiniteLossError",
     "TrainingInterrupted",
     "TrainingPlan",
-    "check_trainable",
     "check_training",
     "train",
 ]
@@ -131,28 +130,6 @@ def train(
     return run.history
 
 
-def check_trainable(net: nn.Module) -> None:
-    """Raise ValueError for a network without a weight to train, or with one in half precision, in
-    which small steps are lost by rounding. 检查网络是否可训练。
-
-    Examples:
-        >>> check_trainable(nn.Linear(2, 2))
-    """
-    trained = {name: value for name, value in net.named_parameters() if value.requires_grad}
-    if not trained:
-        raise ValueError(
-            "the network must have a weight to train, got none with requires_grad; call "
-            "net.requires_grad_(), or set it for the layers that are to be trained"
-        )
-    for name, value in trained.items():
-        if value.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"weights must be float32 to be trained, got {value.dtype} in {name}, whose "
-                "rounding swallows the steps; call net.float(), and for half precision train "
-                'inside torch.autocast("cuda", torch.bfloat16)'
-            )
-
-
 def check_training(
     objective: Objective,
     splits: ImageSplits,
@@ -215,7 +192,6 @@ def _check_provable(
 def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerator) -> None:
     """Refuse what would train something else than asked for."""
     plan.check_processes(accelerator.num_processes)
-    check_trainable(objective)
     for name, module in objective.named_modules():
         if isinstance(module, nn.DataParallel | DistributedDataParallel):
             raise ValueError(

@@ -31,20 +31,20 @@ from sj_robust.core.checks import (
     check_switch,
 )
 from sj_robust.core.console import working
+from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder, locked
-from sj_robust.core.preserved import evaluation_mode, uncompiled
+from sj_robust.core.preserved import evaluation_mode, seeded_network, uncompiled
 from sj_robust.data import ImageSplits, image_loader
 from sj_robust.data.checked import CheckedImages
 from sj_robust.data.stored import FileImages, StoredImages
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.fingerprint import fingerprint
-from sj_robust.evaluation.run.identity import Answers, Identity, identify, seeded_sources
+from sj_robust.evaluation.run.identity import Answers, Identity, identify
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run
 from sj_robust.neuron.charging import NeuronKey, stated
-from sj_robust.training.engine import check_trainable, check_training, train
+from sj_robust.training.engine import check_training, train
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import (
@@ -112,8 +112,8 @@ def finetune(
             and ``std``; or a :class:`SpikingClassifier`. A network with random weights is trained
             from scratch.
         data: Images of :func:`sj_robust.data.load_images`; or training images in [0, 1] as a data
-            set of pairs (image [C, H, W], class), of which more than a pair is left out, a
-            ``DataLoader``, whose data set is used, or two tensors (x [N, C, H, W], y [N]).
+            set of pairs (image [C, H, W], class), a ``DataLoader``, whose data set is used, or two
+            tensors (x [N, C, H, W], y [N]).
         eps: Linf radius of the attack, a number or a string such as ``"8/255"``.
         test: Images for the report, in the same form as ``data``; None uses the test images of
             ``ImageSplits``, or the held-out images of other data, by which the epoch is selected,
@@ -173,8 +173,6 @@ def finetune(
         data, test, fraction=validation_fraction, seed=check_seed("seed", seed), mean=mean, std=std
     )
     classifier = _classifier(net, splits, T=T, mean=mean, std=std)
-    check_trainable(net)
-    splits = _with_classes(splits, classifier)
     chosen = MODES[mode]
     if rho is None:
         rho = chosen.rho
@@ -226,6 +224,7 @@ def finetune(
         uncompiled(net),
         _folder(kept, net, accelerator) as place,
     ):
+        splits = _with_classes(splits, classifier)
         journal = Journal(place if progress else None)
         is_untrained = True
         if kept is not None:
@@ -461,7 +460,7 @@ def _digest_of_images(splits: ImageSplits, journal: Journal) -> str:
         with_images = _repeats(images)
         part: list[tuple[int, str]] = []
         with (
-            seeded_sources(None, 0, torch.device("cpu")),
+            seeded_network(None, 0, torch.device("cpu")),
             working("reading the images", journal.console, total=len(images)) as step,
         ):
             for index in range(len(images)):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import from_reset
-from sj_robust.core.random_numbers import RandomNumbers, seeded_network
+from sj_robust.core.preserved import RandomNumbers, seeded_network
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator, NotFollowedError
@@ -97,9 +97,10 @@ class Objective(nn.Module):
             without a graph.
 
     Raises:
-        ValueError: If a weight is out of range, a name is unknown, two penalties have the same
-            name, or the radius is missing or out of range; for ``"certified"``, if there are no
-            bounds for a part of the network.
+        ValueError: If no parameter requires a gradient or one in half precision does, a weight is
+            out of range, a name is unknown, two penalties have the same name, or the radius is
+            missing or out of range; for ``"certified"``, if there are no bounds for a part of the
+            network.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5
         and rho 1. Zhang et al., "Theoretically Principled Trade-off between Robustness and
@@ -132,6 +133,7 @@ class Objective(nn.Module):
     ) -> None:
         """Attach the monitor if the objective needs one; see the class."""
         super().__init__()
+        _check_trainable(classifier.net)
         if not 0.0 <= kappa <= 1.0:
             raise ValueError(
                 f"kappa must be in [0, 1], got {kappa}; it is the weight of the clean images"
@@ -313,3 +315,22 @@ def _divergence(logits: Tensor, logits_perturbed: Tensor) -> Tensor:
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y).to(logits.dtype).mean()
+
+
+def _check_trainable(net: nn.Module) -> None:
+    """Raise ValueError for a network without a weight to train, or with one in half precision, in
+    which small steps are lost by rounding.
+    """
+    trained = {name: value for name, value in net.named_parameters() if value.requires_grad}
+    if not trained:
+        raise ValueError(
+            "the network must have a weight to train, got none with requires_grad; call "
+            "net.requires_grad_(), or set it for the layers that are to be trained"
+        )
+    for name, value in trained.items():
+        if value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"weights must be float32 to be trained, got {value.dtype} in {name}, whose "
+                "rounding swallows the steps; call net.float(), and for half precision train "
+                'inside torch.autocast("cuda", torch.bfloat16)'
+            )

@@ -22,14 +22,12 @@ from covering import each_in_turn
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks import autoattack, spike_search
+from sj_robust.attacks import spike_search
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
-NEAREST = [name for name in SEARCHES if name.startswith("fab")]
-OTHERS = [name for name in SEARCHES if name not in NEAREST]
 PAIRS = [
-    *each_in_turn([*NOISES, *ON_IMAGES, *NEAREST], ["linear"]),
-    *each_in_turn(OTHERS, MODELS),
+    *each_in_turn([*NOISES, *ON_IMAGES], ["linear"]),
+    *each_in_turn(SEARCHES, MODELS),
     *each_in_turn(["sapgd"], MODELS),
 ]
 """Every attack on some model, and one of them on every one."""
@@ -78,17 +76,7 @@ def _shortened(name: str, monkeypatch) -> Attack:
     if attack.function is spike_search:
         module = importlib.import_module("sj_robust.attacks.spike_search")
         monkeypatch.setattr(module, "_STEPS", 5)
-    if attack.function is autoattack:
-        shorten(monkeypatch)
     return attack
-
-
-def shorten(monkeypatch, *, iterations: int = 5, queries: int = 20) -> None:
-    """AutoAttack with fewer iterations of its gradient attacks and fewer queries of Square."""
-    # the package's attribute of this name is the function
-    module = importlib.import_module("sj_robust.attacks.autoattack")
-    monkeypatch.setattr(module, "_ITERATIONS", iterations)
-    monkeypatch.setattr(module, "_QUERIES", queries)
 
 
 def untrained(name: str) -> nn.Module:

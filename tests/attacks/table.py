@@ -28,7 +28,6 @@ from sj_robust.attacks import (
     square,
     uniform,
 )
-from sj_robust.attacks._fab import fab
 from sj_robust.core.host import functional, neuron
 
 torch.set_num_threads(1)
@@ -112,18 +111,15 @@ ATTACKS = {
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
     "spike_search": Attack(spike_search, {"forwards": 120}),
     "spike_search_l2": Attack(spike_search, {"forwards": 96, "norm": "L2"}, "L2"),
-    "fab": Attack(fab, {"steps": 4}, draws=False),
-    "fab_targets": Attack(fab, {"steps": 4, "target_classes": 2}, draws=False),
-    "fab_l2": Attack(fab, {"steps": 4, "norm": "L2"}, "L2", draws=False),
 }
 
 ON_IMAGES = {
     "square": Attack(square, {"queries": 60}),
     "square_l2": Attack(square, {"queries": 60, "norm": "L2"}, "L2"),
-    "autoattack": Attack(autoattack, {}),
-    "autoattack_l2": Attack(autoattack, {"norm": "L2"}, "L2"),
-    "autoattack_plus": Attack(autoattack, {"version": "plus"}),
-    "autoattack_rand": Attack(autoattack, {"version": "rand"}),
+    "autoattack": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
+    "autoattack_l2": Attack(autoattack, {"norm": "L2", "attacks": ["apgd-t"]}, "L2"),
+    "autoattack_plus": Attack(autoattack, {"version": "plus", "attacks": ["fab"]}),
+    "autoattack_rand": Attack(autoattack, {"version": "rand", "attacks": ["apgd-dlr"]}),
 }
 """What attacks images [N, C, H, W] alone, or takes long."""
 

@@ -9,7 +9,6 @@ from attacks.table import predicted, seeded
 from covering import each_in_turn
 
 from sj_robust.attacks import apgd, autoattack, sapgd
-from sj_robust.attacks._fab import fab
 
 # Untargeted losses get two classes: with more, a start can lead to one that is out of reach beside
 # one that is not.
@@ -37,7 +36,6 @@ KNOWN = [
         ["L2"],
     ),
     (sapgd, 2, ["Linf"]),
-    (fab, 5, ["Linf", "L2"]),
 ]
 
 
@@ -45,8 +43,7 @@ CASES = []
 for attack, classes, norms in KNOWN:
     CASES += each_in_turn([attack], [classes], norms)
 WHOLE = partial(autoattack, attacks=["apgd-ce", "apgd-t", "fab-t"])
-for attack in (WHOLE, partial(fab, target_classes=4)):
-    CASES += [pytest.param(attack, 5, norm, marks=pytest.mark.slow) for norm in ("Linf", "L2")]
+CASES += [pytest.param(WHOLE, 5, norm, marks=pytest.mark.slow) for norm in ("Linf", "L2")]
 
 
 @pytest.mark.parametrize(("attack", "classes", "norm"), CASES)

@@ -160,36 +160,3 @@ def test_frames_of_one_sample_are_treated_alike():
             alone = augment(frames[:, t], seeds)
             assert torch.equal(result[:, t], alone)
     assert Augmentation(cutout=4)(frames, seeds).unique().tolist() == [0.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"padding": -1}, ValueError, "padding must be >= 0, got -1"),
-        ({"padding": 1.5}, TypeError, "padding must be an integer, got float"),
-        ({"flip": "no"}, TypeError, "flip must be"),
-        ({"cutout": 15}, ValueError, "even number of pixels, 0 for none, got 15"),
-        ({"rotation": 270}, ValueError, "rotation must be at most 180 degrees, .* got 270"),
-        ({"rotation": -1}, ValueError, "rotation must be finite and >= 0, got -1"),
-        ({"rotation": float("nan")}, ValueError, "rotation must be finite"),
-        ({"rotation": "10"}, TypeError, "rotation must be a number, got str"),
-        ({"scale": 1}, ValueError, "scale must be below 1, got 1; 0.1 gives"),
-        ({"scale": True}, TypeError, "scale must be a number, got bool"),
-    ],
-)
-def test_wrong_options(options, error, message):
-    with pytest.raises(error, match=message):
-        Augmentation(**options)
-
-
-@pytest.mark.parametrize(
-    ("shape", "seed", "message"),
-    [
-        ((2, 1, 8, 8), 1, r"one seed each, got shape \[2, 1, 8, 8\] and 1 seeds"),
-        ((1, 8, 8), 1, r"must be \[N, C, H, W\]"),
-        ((1, 1, 8, 8), -1, r"seeds must lie in \[0, 2\*\*62\)"),
-    ],
-)
-def test_wrong_use(shape, seed, message):
-    with pytest.raises(ValueError, match=message):
-        Augmentation()(torch.rand(shape), [seed])

@@ -10,10 +10,10 @@ from data.checksum import checksums, sizes
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
+from sj_robust.core.digest import fingerprint
 from sj_robust.data import image_loader, load_images
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages, StoredImages, contents
-from sj_robust.evaluation.run.fingerprint import fingerprint
 
 CLASSES = ("cat", "dog", "emu")
 

@@ -77,30 +77,3 @@ def test_frames_are_neither_rotated_nor_resized(tmp_path):
             load_images("saccade:digits", **options, augment=Augmentation(**values))
         with pytest.raises(ValueError, match="rotates or resizes frames of n_mnist"):
             load_images("n_mnist", root=tmp_path, T=2, augment=Augmentation(**values))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"on_unreadable": "ignore"}, "on_unreadable must be 'error' or 'skip', got 'ignore'"),
-        ({"train_limit": 0}, "train_limit must be >= 1"),
-        ({"validation_fraction": 0.0}, "validation_fraction"),
-        ({"validation_fraction": float("nan")}, "validation_fraction must be finite"),
-        ({"train_limit": 5}, "validation_fraction"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        load_images("digits", **options)
-
-
-@pytest.mark.parametrize("options", [{"train_limit": 1.5}, {"test_limit": "5"}])
-def test_limits_are_integers(options):
-    with pytest.raises(TypeError, match="_limit must be an integer, got"):
-        load_images("digits", **options)
-
-
-def test_an_unknown_name():
-    message = "digits, fashion_mnist, mnist, .*image_folder:PATH, cifar10_dvs"
-    with pytest.raises(ValueError, match=message):
-        load_images("imagenet")

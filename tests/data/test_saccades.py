@@ -198,20 +198,6 @@ def test_a_kept_file_is_read_where_nothing_can_be_written(tmp_path, monkeypatch)
         load_images("saccade:mnist", root=tmp_path, T=3)
 
 
-@pytest.mark.parametrize(
-    ("T", "message"),
-    [
-        (None, "T must be an integer >= 1 for event data"),
-        (0, "T must be an integer >= 1 for event data"),
-        (True, "T must be an integer >= 1 for event data"),
-        (49, "T must be <= 48 for saccades, which have as many steps, got 49"),
-    ],
-)
-def test_wrong_numbers_of_frames(T, message):
-    with pytest.raises(ValueError, match=message):
-        load_images("saccade:digits", T=T)
-
-
 def test_images_that_are_missing_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="MNIST is not complete"):
         load_images("saccade:mnist", root=tmp_path, T=2)

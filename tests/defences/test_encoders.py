@@ -211,21 +211,3 @@ def test_images_get_a_gradient_through_an_encoder(name):
     total = classifier(x).square().sum()
     (grad,) = torch.autograd.grad(total, x)
     assert grad.abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"encoder": "rate"}, "encoder must be one of .*stod"),
-        ({"encoder_options": {"std": 0.1}}, "belong to an encoder, got .* for 'direct'"),
-        ({"encoder": "rsc", "encoder_options": {"sigma": 0.1}}, "'rsc' cannot be built with"),
-        ({"encoder": "rsc", "encoder_options": {"std": -1.0}}, "std must be .*got -1"),
-        ({"encoder": "rsc", "encoder_options": {"generator": 3}}, "must be a torch.Generator or N"),
-        ({"encoder": "poisson", "encoder_options": {"generator": 3}}, "must be a torch.Generator"),
-        ({"encoder": "stod", "encoder_options": {"patch": 3}}, "divide .* 8x8, got 3; use 4"),
-        ({"encoder": "rsc", "frames": True}, "'rsc' is for images of a bare network"),
-    ],
-)
-def test_wrong_encoders(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_classifier(NetworkSpec(**options))

@@ -14,7 +14,8 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier, evaluate, verify
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.core.randomness import SampleSeeds, seeded_globals
+from sj_robust.core.preserved import seeded_network
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.defences import (
     EvolvingLeakNode,
     HomeostaticNode,
@@ -57,7 +58,7 @@ def images(n=4):
 
 
 def seeded(model, x, seed=0):
-    with seeded_globals(seed, x.device):
+    with seeded_network(None, seed, x.device):
         return model(x)
 
 
@@ -210,26 +211,6 @@ def test_weight_decay_leaves_the_rates_of_gates_alone():
     plain = build("feel")
     (group,) = _groups(SimpleNamespace(modules=plain.modules, parameters=plain.parameters))
     assert len(group["params"]) == len(list(plain.parameters()))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"neuron": "tag"}, "neuron must be one of dlif, lif, .* stog, got 'tag'"),
-        ({"encoder": "wavelet"}, "encoder must be one of .*wavelet"),
-        ({"encoder_options": {"narrowing": 0.1}}, "belong to an encoder"),
-        ({"encoder": "feel", "encoder_options": {"width": 1}}, "'feel' cannot be built with"),
-        ({"encoder": "feel", "frames": True}, "'feel' is for images of a bare network"),
-        ({"neuron": "stog", "options": {"sharpness": 1}}, "small cannot be built with the options"),
-        ({"neuron": "stog", "options": {"v_threshold": 2}}, "requires floats, such as 1.0"),
-        ({"neuron": "stog", "options": {"generator": 1}}, "must be a torch.Generator or None, got"),
-        ({"neuron": "tgo", "options": {"generator": 1}}, "must be a torch.Generator or None, got"),
-        ({"neuron": "tgo", "options": {"surrogate_function": 3}}, "a function of h - v_threshold"),
-    ],
-)
-def test_wrong_names_and_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_classifier(NetworkSpec(**options))
 
 
 def defended(kind):

@@ -396,20 +396,3 @@ def test_a_raised_potential_raises_the_threshold():
     plain = HomeostaticNode(1, tau_v=math.inf)
     run(plain, usual)
     assert run(plain.eval(), usual + 0.15).sum() == 4
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: NoisyLIFNode(1.0), "tau must be > 1"),
-        (lambda: NoisyLIFNode(noise_std=-1.0), "noise_std must be >= 0"),
-        (lambda: EvolvingLeakNode(0), "T must be >= 1"),
-        (lambda: EvolvingLeakNode(2, tau=0.5), "tau must be > 1"),
-        (lambda: HomeostaticNode(0), "T must be >= 1"),
-        (lambda: HomeostaticNode(2, tau_v=0.0), "tau_v must be > 0"),
-        (lambda: HomeostaticNode(2, momentum=2.0), "momentum must be in"),
-    ],
-)
-def test_wrong_arguments(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

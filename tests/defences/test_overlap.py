@@ -147,18 +147,6 @@ def test_the_monitor_follows_noisy_neurons_and_penalties_refuse_those_whose_leak
         pass
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ("13", r"must be 'all' or a list of names, got '13'; for one layer pass \['13'\]"),
-        ([], "must name at least one layer, got none"),
-    ],
-)
-def test_layers_are_names(layers, message):
-    with pytest.raises(ValueError, match=message):
-        SurrogateOverlap(1.0, layers=layers)
-
-
 def test_a_rising_weight_follows_half_a_cosine_and_reaches_the_objective():
     linear = layer.Linear(16, 4)
     net = nn.Sequential(layer.Flatten(), linear, DLIFNode(T=T))

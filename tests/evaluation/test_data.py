@@ -4,7 +4,7 @@ import pytest
 import torch
 from evaluation import suite_run
 from evaluation.suite_run import classifier, images
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sj_robust.evaluation.run import data as data_file
 from sj_robust.evaluation.run.data import Data, given_data
@@ -122,6 +122,20 @@ def test_a_batch_that_does_not_fit_is_refused_where_it_is_read(what):
     labels = y[8:].to(other.device)
     with pytest.raises(error, match=text):
         Data.of([(x[:4], y[:4]), (x[4:8], y[4:8]), (other, labels)])
+
+
+class MixedSizes(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.rand(1, 4, 4 + (index == 3)), index % 3
+
+
+@pytest.mark.parametrize("given", [MixedSizes(), DataLoader(MixedSizes(), 4)])
+def test_images_of_several_sizes_are_refused_by_name(given):
+    with pytest.raises(ValueError, match=r"^x .* x\[3\]"):
+        given_data(given, None, 5)
 
 
 def test_a_resumed_run_of_other_images_is_told_about_loaders(tmp_path):

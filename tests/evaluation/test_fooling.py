@@ -21,8 +21,11 @@ Given = tuple[nn.Module, Tensor, Tensor]
 REFUSED = {
     "averages copies": "batch",
     "looks at the place": "batch",
-    "remembers outside": "attribute",
-    "shares its memory": "attribute",
+    "remembers outside": "asked before",
+    "shares its memory": "asked before",
+    "remembers in a file": "open no file",
+    "remembers in a module": "asked before",
+    "caches": "asked before",
     "shakes by the clock": "state",
 }
 # One of the checks that fail, None where the attacks break a network all the same; and how many
@@ -38,8 +41,9 @@ FOUND = {
     "answers attacks otherwise": ("other_answers", 2),
     "looks at its caller": ("other_answers", 2),
     "rounds": ("zero_gradients", 2),
+    "rounds in place": ("zero_gradients", 2),
     "shakes by the image": (None, 0),
-    "saturates": ("saturated_loss", 5),  # of APGD-DLR the short suite has ten steps alone
+    "saturates": ("saturated_loss", 2),
 }
 
 

@@ -1,23 +1,18 @@
 """No figure of another network: what a folder is refused for, and what it is not."""
 
 import argparse
-import array
-import collections
 import functools
 import itertools
 import logging
-import operator
 import os
 import pickle
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import launch
@@ -33,13 +28,11 @@ from sj_robust.attacks import fgsm
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Fault, Member, stress
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.run.identity import identify, network_key
 from sj_robust.neuron import fuse
 
 T = 3
 SHIFT = 0
-CONFIG = ModuleType("config")
 LOG = logging.getLogger(__name__)
 
 
@@ -138,44 +131,6 @@ class Asks(nn.Module):
         return self.ask(self.asked)
 
 
-class Calls(Asks):
-    """Networks whose arguments stand in their class."""
-
-    def _sign(self, factor):
-        return factor
-
-
-class CallsOne(Calls):
-    sign = functools.partialmethod(Calls._sign, factor=1)
-
-
-class CallsOther(Calls):
-    sign = functools.partialmethod(Calls._sign, factor=-1)
-
-
-CallsOne.__qualname__ = CallsOther.__qualname__ = "Called"
-
-
-class Loaded(dict):
-    """A dictionary with attributes, as configurations are."""
-
-    def __init__(self, sign):
-        super().__init__()
-        self.sign = sign
-
-
-class Guarded:
-    """Attributes in slots, and a question that fails in its own way."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, sign):
-        self.values = {"sign": sign}
-
-    def __getattr__(self, name):
-        return self.values[name]
-
-
 class Broken(dict):
     """A dictionary that cannot be read."""
 
@@ -213,61 +168,6 @@ def weakly(value):
     """A value in a generator, where nobody can read it."""
     while True:
         yield value
-
-
-def aliased(_):
-    settings = CONFIG
-    return settings.sign
-
-
-def named(_):
-    return getattr(CONFIG, "sign")  # noqa: B009  as users write it
-
-
-def imported(_):
-    import own_config as settings
-
-    return settings.sign
-
-
-def imported_name(_):
-    from own_config import sign
-
-    return sign
-
-
-def configured(ask):
-    """Networks that read a module of the user."""
-
-    def build(sign):
-        def made(monkeypatch):
-            monkeypatch.setitem(sys.modules, "own_config", CONFIG)
-            monkeypatch.setattr(CONFIG, "sign", sign, raising=False)
-            return classifier(Asks(ask=ask))
-
-        return made
-
-    return build(1), build(-1)
-
-
-def asking(make, ask=lambda asked: asked.sign):
-    """Networks with two values of one kind."""
-    return (
-        lambda _: classifier(Asks(make(1), ask)),
-        lambda _: classifier(Asks(make(-1), ask)),
-    )
-
-
-def local_with(sign):
-    local = threading.local()
-    local.sign = sign
-    return local
-
-
-def module_with(sign):
-    module = ModuleType("settings")
-    module.sign = sign
-    return module
 
 
 def arctangent(monkeypatch):
@@ -430,10 +330,6 @@ UNLIKE = {
     "the wiring": (plain, with_attributes(order=("second", "first"))),
     "weights in a list": (lambda _: classifier(Hidden(0)), lambda _: classifier(Hidden(1))),
     "what no probe shows": (lambda _: classifier(Rare(0)), lambda _: classifier(Rare(1))),
-    "an argument of a class's method": (
-        lambda _: classifier(CallsOne()),
-        lambda _: classifier(CallsOther()),
-    ),
     "functions in a list named as hooks": (
         lambda _: classifier(Asks(late_hooks=[scaled(1)])),
         lambda _: classifier(Asks(late_hooks=[scaled(-1)])),
@@ -442,27 +338,16 @@ UNLIKE = {
         lambda _: classifier(Asks(v_seq=1)),
         lambda _: classifier(Asks(v_seq=-1)),
     ),
-    "options from a command line": asking(lambda sign: argparse.Namespace(sign=sign)),
-    "a module as options": asking(module_with),
-    "a value of this thread": asking(local_with),
-    "an item that is picked": asking(operator.itemgetter),
-    "an array": asking(lambda sign: array.array("f", [sign])),
-    "a list of the standard library": asking(lambda sign: collections.UserList([sign])),
-    "numbers to come": asking(lambda sign: random.Random(sign + 1)),
-    "a method of a list": asking(lambda sign: [sign].__getitem__),
-    "a dictionary with attributes": asking(Loaded),
-    "slots with a question of their own": asking(Guarded),
-    "a module under another name": configured(aliased),
-    "a module by getattr": configured(named),
-    "a module that forward imports": configured(imported),
-    "a name that forward imports": configured(imported_name),
+    "options from a command line": (
+        lambda _: classifier(Asks(argparse.Namespace(sign=1))),
+        lambda _: classifier(Asks(argparse.Namespace(sign=-1))),
+    ),
     "a slope that nobody can read": (
         lambda _: classifier(Sloped(1.0)),
         lambda _: classifier(Sloped(2.0)),
     ),
     "a surrogate of the host": (arctangent, with_a_patched_surrogate),
     "a hook on every backward": (plain, with_a_global_hook),
-    "an attribute of TorchScript": (scripted(1.0), scripted(-1.0)),
     "an object": (
         with_attributes(options=SimpleNamespace(depth=[1, {"a": 2}])),
         with_attributes(options=SimpleNamespace(depth=[1, {"a": 3}])),
@@ -790,46 +675,3 @@ def test_many_kills_and_resumes_without_a_refusal(tmp_path):
                 )
         outcome = suite_run.outcome_of(folder, net=draw.choice(forms)(), suite=suite)
         assert suite_run.without_times(outcome) == wanted
-
-
-class Made:
-    def __init__(self):
-        self.width = 3
-
-
-class MadeOtherwise:
-    def __init__(self):
-        self.width = 4
-
-
-def builds(kind):
-    def build():
-        return kind().width * SHIFT
-
-    return build
-
-
-@pytest.mark.parametrize(
-    ("here", "elsewhere"),
-    [(torch.device("cpu"), torch.device("cuda")), (Path("here"), Path("elsewhere"))],
-    ids=["device", "path"],
-)
-def test_the_machine_is_no_part_of_the_code(monkeypatch, here, elsewhere):
-    def build():
-        return SHIFT
-
-    monkeypatch.setitem(globals(), "SHIFT", here)
-    code = code_of(build)
-    monkeypatch.setitem(globals(), "SHIFT", elsewhere)
-    assert code_of(build) == code
-
-
-def test_code_is_known_by_what_it_does_and_reads(monkeypatch):
-    code = code_of(builds(Made))
-    assert code_of(builds(Made)) == code
-    assert code_of(builds(MadeOtherwise)) != code
-    monkeypatch.setattr(Made, "__init__", MadeOtherwise.__init__)
-    assert code_of(builds(Made)) != code
-    monkeypatch.undo()
-    monkeypatch.setitem(globals(), "SHIFT", 1)
-    assert code_of(builds(Made)) != code

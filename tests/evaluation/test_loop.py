@@ -8,11 +8,11 @@ from evaluation import masked, suite_run
 
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.digest import fingerprint
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.fingerprint import fingerprint
 from sj_robust.evaluation.run.loop import Asked
 from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once

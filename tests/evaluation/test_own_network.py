@@ -142,8 +142,22 @@ def test_a_radius_and_numbers_per_channel_are_checked_once(asked, monkeypatch):
     counted("check_channels")
     sj_robust.evaluate(lif("m"), *images(FEW), eps="8/255", T=T, progress=False, **NORMAL)
     assert sorted(calls) == ["check_channels", "check_channels", "parse_radii"]
-    assert asked[-1][3].configuration == {"T": T, "mean": (0.3,), "std": (0.5,)}
+    given = {"T": T, "mean": (0.3,), "std": (0.5,), "decay": {}, "gain": {}}
+    assert asked[-1][3].configuration == given
     assert asked[-1][3].radii == ()
+
+
+class Quiet(neuron.LIFNode):
+    def neuronal_charge(self, x):
+        self.v = 0.9 * self.v + 0.5 * x
+
+
+def test_what_is_said_of_neurons_stands_in_the_report(asked):
+    net = nn.Sequential(nn.Flatten(2), Quiet(step_mode="m"))
+    given = {"decay": {Quiet: 0.9}, "gain": {Quiet: 0.5}, "T": T, "eps": 0.1, "progress": False}
+    sj_robust.evaluate(net, *images(FEW), **given)
+    configuration = asked[-1][3].configuration
+    assert (configuration["decay"], configuration["gain"]) == ({"Quiet": 0.9}, {"Quiet": 0.5})
 
 
 @pytest.mark.parametrize("eps", [["8/255", 0.1, 0.01], torch.tensor([0.01, 0.1, 8 / 255])])

@@ -63,7 +63,7 @@ def test_its_work_is_limited(limit, monkeypatch):
         assert wrong(model, program(model, x, y, eps=EPS), y) == [True]
     else:
         model, x, y = two_layers([20])
-        monkeypatch.setattr("sj_robust.proofs.exact._OPEN", 3)
+        monkeypatch.setattr("sj_robust.proofs.mip._OPEN", 3)
         assert torch.equal(program(model, x, y, eps=0.1), x)
 
 

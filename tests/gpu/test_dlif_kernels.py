@@ -12,9 +12,9 @@ from oracle import away_from_threshold
 from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
-from sj_robust.ops.dlif import backends, cupy_launch
+from sj_robust.ops.dlif import cupy_launch, operator
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
-from sj_robust.ops.dlif.dispatch import choose_backend
+from sj_robust.ops.dlif.operator import choose_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 CHOICES = {
@@ -37,7 +37,7 @@ CHOICES = {
 
 def needs(name):
     """The name of a backend, if it can run."""
-    reason = backends.failing_reason(name)
+    reason = operator.failing_reason(name)
     if reason is not None:
         pytest.skip(f"backend={name!r}: {reason}")
     return name
@@ -141,7 +141,7 @@ def test_block_sizes(threads):
     config = DLIFConfig(0.9, 1.0, None, Surrogate("sigmoid", 4.0), False)
     launcher = cupy_launch.Launcher(threads_per_block=threads)
     arguments = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), True
-    found, wanted = (backends.backward(one, *arguments) for one in (launcher, cupy_launch))
+    found, wanted = (operator.backward(one, *arguments) for one in (launcher, cupy_launch))
     for got, expected in zip(found, wanted, strict=True):
         assert_close(got, expected, rtol=1e-5, atol=1e-3)
 

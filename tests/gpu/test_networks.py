@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import dlif_multi_step
-from sj_robust.ops.dlif import backends
+from sj_robust.ops.dlif import operator
 
 T = 4
 CUDA = [("cuda", "cupy"), ("cuda", "triton")]
@@ -28,7 +28,7 @@ def usable(device, backend):
     """The pair, if it can run."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA GPU")
-    reason = backends.failing_reason(backend)
+    reason = operator.failing_reason(backend)
     if reason is not None:
         pytest.skip(f"backend={backend!r}: {reason}")
     return device, backend

@@ -1,6 +1,5 @@
 """Networks that are not in the package: fetched whole or in pieces, checked, and kept."""
 
-import io
 import json
 import re
 import sys
@@ -210,21 +209,6 @@ def test_a_cache_that_cannot_be_is_named(kept, monkeypatch):
     kept.parents[1].write_text("in the way")
     with pytest.raises(ValueError, match="TORCH_HOME must be a folder, .*but .*home is a file"):
         pretrained(NAME)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_terminal_shows_a_bar(kept, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Release(cuts=[HALF]).online() as address:
-        monkeypatch.setenv(ADDRESS_VARIABLE, address)
-        pretrained(NAME)
-    assert f"downloading {NAME}:  50%" in terminal.getvalue()
-    assert "100%" in terminal.getvalue()
 
 
 FETCH = """

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.core.environment import CODE_KEY
-from sj_robust.evaluation.run.fingerprint import code_of
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
     ConvChain,
@@ -23,7 +22,7 @@ from sj_robust.models import (
     build_network,
     zoo_networks,
 )
-from sj_robust.models.build import NETWORKS, check_has_neuron
+from sj_robust.models.build import NETWORKS, check_has_neuron, code_of
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.models.foreign import find_function
 from sj_robust.models.weights import as_named_in
@@ -393,23 +392,6 @@ def test_an_option_that_a_function_does_not_have(own):
         build_classifier(NetworkSpec("own_models:build", options={"widht": 5}))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "zoo:spiking_resnet18"}, "expects images with 3 channels, these have 1"),
-        ({"neuron": "izhikevich"}, "neuron must be"),
-        ({"tau": 0.99}, "tau must be > 1, got 0.99"),
-        ({"channels": (4, 0)}, r"convolution must have a width >= 1, got \[4, 0\]; omit"),
-        ({"name": "vgg5", "hidden": (-8,)}, r"layer must have a width >= 1, got \[-8\]; omit"),
-        ({"mean": (0.1, 0.2)}, r"one value per channel \(1\), got \(0.1, 0.2\)"),
-        ({"std": (0.1,), "frames": True}, "std is for images, not for event frames"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_classifier(NetworkSpec(**options))
-
-
 def test_checkpoints_return_the_same_network(tmp_path):
     spec = NetworkSpec(
         "wrn16_4",
@@ -456,7 +438,7 @@ def test_checkpoints_run_functions_only_where_trusted(own):
 def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     spec = NetworkSpec("own_models.py:build", T=3)
     classifier = build_classifier(spec)
-    description = {"network": asdict(spec), **code_of(find_function(spec.name))}
+    description = {"network": asdict(spec), **code_of(spec)}
     content = {"model": classifier.state_dict(), "description": description}
     save_checkpoint(own / "best.pt", content)
     same = partial(from_checkpoint, own / "best.pt", trust_code=True)
@@ -469,7 +451,10 @@ def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
     (remark,) = same().remarks
     assert "code of own_models.py:build has changed since the training" in remark
     assert "Evaluate with the code of the training" in remark
-    content["description"] = {"network": asdict(spec), f"{CODE_KEY} 2.7": "compiled otherwise"}
+    content["description"] = {
+        "network": asdict(spec),
+        f"{CODE_KEY} another machine": "rounded otherwise",
+    }
     save_checkpoint(own / "best.pt", content)
     assert same().remarks == ()
     write(own / "best.pt", spec, classifier)  # as before code had digests

@@ -5,7 +5,7 @@ import torch
 from spikingjelly.activation_based import layer, neuron
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.models import VGG, ConvChain, FullyConnected, NetworkSpec, build_network
+from sj_robust.models import VGG, NetworkSpec, build_network
 from sj_robust.models.chain import VGG_FEATURES, SmallConvNet
 
 CONVOLUTIONS = {
@@ -143,32 +143,6 @@ def test_an_unknown_vgg():
         build_vgg("vgg12")
 
 
-@pytest.mark.parametrize(
-    ("features", "message"),
-    [(["A", 4], "begin with a convolution"), ([4, "S"], "not end in a stride")],
-)
-def test_wrong_features(features, message):
-    with pytest.raises(ValueError, match=message):
-        ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=features)
-
-
-@pytest.mark.parametrize(
-    ("kernel_size", "message"),
-    [
-        ([3], "one for each of 2 convolutions"),
-        ([1, 3, 3], "one for each of 2 convolutions"),
-        (0, "kernel_size must be >= 1, got 0"),
-        ([1, 0], "kernel_size must be >= 1, got 0"),
-        (3.0, "kernel_size must be an integer, got float"),
-        ("33", "kernel_size must be an integer, got str"),
-    ],
-)
-def test_wrong_kernel_sizes(kernel_size, message):
-    spec = NetworkSpec(options={"kernel_size": kernel_size})
-    with pytest.raises(ValueError, match=message):
-        build_network(spec)
-
-
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
 @pytest.mark.parametrize(
     ("node", "options"),
@@ -201,43 +175,11 @@ def test_the_first_neurons_start_to_fire_at_thresholds(node, options, v_reset):
         assert torch.equal(spikes[0, 0, channel], (x[0, 0] >= threshold).float())
 
 
-@pytest.mark.parametrize(
-    ("thresholds", "changed", "message"),
-    [
-        ([0.5], {}, r"got 1 thresholds for kernels of \[2, 1, 1, 1\]"),
-        ([0.2, 0.4], {"image_shape": (3, 8, 8)}, r"for kernels of \[2, 3, 1, 1\]"),
-        ([0.2, 0.4], {"options": {"batch_norm": True}}, "for batch norm and kernels of"),
-        ([0.2, 0.4], {"options": {"kernel_size": 3}}, r"for kernels of \[2, 1, 3, 3\]"),
-        ([0.2, 0.4], {"neuron": "hosnn"}, "thresholds need IF, LIF, PLIF or DLIF neurons, got"),
-        ([0.2, float("nan")], {}, r"must be finite numbers, got \[0.2, nan\]"),
-    ],
-)
-def test_thresholds_that_do_not_fit(thresholds, changed, message):
-    options = {"kernel_size": [1, 3], "batch_norm": False, "thresholds": thresholds}
-    changed = {"channels": (2, 4)} | changed
-    options |= changed.pop("options", {})
-    with pytest.raises(ValueError, match=message):
-        build_network(NetworkSpec(options=options, **changed))
-
-
-@pytest.mark.parametrize("strides", [[2], [3, 1]])
-def test_wrong_strides(strides):
-    spec = NetworkSpec(options={"strides": strides})
-    with pytest.raises(ValueError, match="strides must be 1 or 2 for each of 2 conv"):
-        build_network(spec)
-
-
 def test_wrong_shapes_of_images():
     with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
         small()(torch.rand(3, 9, 12))
     with pytest.raises(ValueError, match="one frame"):
         small(step_mode="s")(torch.rand(4, 2, 3, 9, 12))
-
-
-@pytest.mark.parametrize("widths", [(), (4, 0)])
-def test_widths_that_are_none(widths):
-    with pytest.raises(ValueError, match="widths must be one number >= 1 for each layer"):
-        FullyConnected((1, 4, 4), 3, T=2, spiking_neuron=DLIFNode, widths=widths)
 
 
 def test_the_first_linear_layer_sees_all_pixels():

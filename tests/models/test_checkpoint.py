@@ -159,12 +159,12 @@ def test_runs_of_before_an_option_go_on_with_what_it_meant_then():
 
 def test_what_earlier_releases_do_not_tell_is_named_and_not_refused():
     before = {"options": {"lr": 0.1}}
-    now = {"options": {"lr": 0.1}, "images and labels": "1f", "code for python 3.12": "2e"}
-    assert check_same_run(before, now) == ("images and labels", "code for python 3.12")
+    now = {"options": {"lr": 0.1}, "images and labels": "1f", "code on 3.12": "2e"}
+    assert check_same_run(before, now) == ("images and labels", "code on 3.12")
     assert check_same_run(now, now) == ()
-    other_python = before | {"images and labels": "1f", "code for python 3.13": "3d"}
-    assert check_same_run(other_python, now) == ("code for python 3.12",)
+    other_python = before | {"images and labels": "1f", "code on 3.13": "3d"}
+    assert check_same_run(other_python, now) == ("code on 3.12",)
     with pytest.raises(ValueError, match=r"images and labels: '0a' there, '1f' now"):
         check_same_run(now | {"images and labels": "0a"}, now)
-    with pytest.raises(ValueError, match=r"code for python 3.12: '0a' there, '2e' now"):
-        check_same_run(now | {"code for python 3.12": "0a"}, now)
+    with pytest.raises(ValueError, match=r"code on 3.12: '0a' there, '2e' now"):
+        check_same_run(now | {"code on 3.12": "0a"}, now)

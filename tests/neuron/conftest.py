@@ -4,19 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from sj_robust.neuron import stage
+from sj_robust.ops.bn_dlif import dispatch
 
 
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the batch norms and the poolings that ran in one pass with their neuron."""
     count = SimpleNamespace(fused=0, pooled=0)
-    operator = stage.in_one_pass
+    operator = dispatch.in_one_pass
 
     def counting(x_seq, norm, *args, **kwargs):
         count.fused += norm is not None
         count.pooled += kwargs["average_pool"]
         return operator(x_seq, norm, *args, **kwargs)
 
-    monkeypatch.setattr(stage, "in_one_pass", counting)
+    monkeypatch.setattr(dispatch, "in_one_pass", counting)
     return count

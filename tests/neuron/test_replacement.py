@@ -112,7 +112,7 @@ def test_shared_neurons_stay_shared():
 
 
 def test_a_bare_neuron_is_refused():
-    with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
+    with pytest.raises(ValueError, match="nn.Sequential"):
         replace_neurons(neuron.LIFNode(), T=2)
 
 
@@ -244,7 +244,7 @@ def test_a_threshold_of_dlif_is_a_number():
     net(torch.rand(2, 1, 4))
     learned = nn.Parameter(torch.tensor(0.8))
     net[0].v_threshold = learned
-    message = "v_threshold of a DLIFNode must be a number, which gets no gradient"
+    message = "v_threshold"
     with pytest.raises(TypeError, match=message):
         net(torch.rand(2, 1, 4))
     with pytest.raises(TypeError, match=message):
@@ -284,7 +284,7 @@ def test_there_and_back_is_the_network_that_it_was():
 def test_gains_that_lif_cannot_have_leave_the_network_alone(gains):
     net = nn.Sequential(nn.Linear(2, 2), DLIFNode(T=2), nn.Linear(2, 2), DLIFNode(T=2))
     net[3].input_gain.data[:] = torch.tensor(gains)
-    with pytest.raises(ValueError, match="gains of '3' must be one number > 0"):
+    with pytest.raises(ValueError, match="gains of '3'"):
         dlif_to_lif(net)
     assert isinstance(net[1], DLIFNode)
 

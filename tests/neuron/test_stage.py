@@ -25,9 +25,9 @@ from torch.testing import assert_close
 
 from sj_robust.estimators import estimator
 from sj_robust.models import NetworkSpec, build_network
-from sj_robust.neuron import DLIFNode, Stage, fuse, stage, unfuse
+from sj_robust.neuron import DLIFNode, Stage, fuse, unfuse
 from sj_robust.neuron.fusion import plain_names
-from sj_robust.ops.bn_dlif import one_pass
+from sj_robust.ops.bn_dlif import dispatch
 from sj_robust.ops.dlif import cpp
 
 
@@ -503,13 +503,13 @@ def answer(mistake, net):
 @needs_kernel
 def test_whether_one_pass_can_run_is_asked_once_per_call(passes, monkeypatch):
     asked = []
-    reason = one_pass.unsupported_reason
+    reason = dispatch.unsupported_reason
 
     def counted(*arguments):
         asked.append(arguments)
         return reason(*arguments)
 
-    monkeypatch.setattr(one_pass, "unsupported_reason", counted)
+    monkeypatch.setattr(dispatch, "unsupported_reason", counted)
     _, net = both()
     step(net, sequence(T, 3, 2, 8, 8))
     assert len(asked) == passes.fused == 2
@@ -556,9 +556,9 @@ def test_under_an_estimator_results_and_gradients_are_those_of_the_plain_network
     plain, fused = both()
     ran = []
     for function in ("normalise", "pool"):
-        run = getattr(stage.apart, function)
+        run = getattr(dispatch, function)
         monkeypatch.setattr(
-            stage.apart, function, lambda *given, run=run: ran.append(run.__name__) or run(*given)
+            dispatch, function, lambda *given, run=run: ran.append(run.__name__) or run(*given)
         )
     results = []
     for net in (plain, fused):

@@ -4,8 +4,6 @@ as in a plain network.
 
 import copy
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -164,81 +162,34 @@ def test_hooks_on_all_modules_see_the_children_of_a_stage(passes, register):
     assert (passes.fused, passes.pooled) == (1, 1)  # without the hook
 
 
-def half(method):
-    """A method of a class whose result is halved."""
-    return lambda self, *args: 0.5 * method(self, *args)
-
-
 def in_instance(name):
-    def patch(module, monkeypatch):
+    def patch(module):
         method = getattr(module, name)
         setattr(module, name, lambda *args: 0.5 * method(*args))
 
     return patch
 
 
-def in_class(name, depth=0):
-    def patch(module, monkeypatch):
-        kind = type(module).__mro__[depth]
-        monkeypatch.setattr(kind, name, half(getattr(kind, name)))
-
-    return patch
-
-
-def in_torch(owner, name):
-    def patch(module, monkeypatch):
-        function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, **options: 0.5 * function(*args, **options))
-
-    return patch
-
-
-def compiled_by_itself(module, monkeypatch):
+def compiled_by_itself(module):
     module._compiled_call_impl = lambda *args: 0.5 * module._call_impl(*args)
 
 
-def check_of_the_input(module, monkeypatch):
+def check_of_the_input(module):
     module._check_input_dim = lambda x: module.weight.data.mul_(0.5)
 
 
-@dataclass(frozen=True)
-class Patch:
-    """A way to replace what a child of a stage does, and the children that have it.
-
-    ``of_class`` says that one patch is seen by all networks.
-    """
-
-    apply: Callable
-    children: tuple[str, ...]
-    of_class: bool = False
-
-
-ALL = ("norm", "node", "pool")
-
 PATCHES = {
-    "forward of the instance": Patch(in_instance("forward"), ALL),
-    "forward of the class": Patch(in_class("forward"), ALL, of_class=True),
-    "__call__ of the class": Patch(in_class("__call__"), ALL, of_class=True),
-    "multi_step_forward of the instance": Patch(in_instance("multi_step_forward"), ("node",)),
-    "multi_step_forward of the class": Patch(
-        in_class("multi_step_forward"), ("node",), of_class=True
-    ),
-    "forward of torch's class": Patch(in_class("forward", 1), ("norm", "pool"), of_class=True),
-    "compile() of the child": Patch(compiled_by_itself, ALL),
-    "_call_impl of the instance": Patch(in_instance("_call_impl"), ALL),
-    "_call_impl of torch's class": Patch(in_torch(nn.Module, "_call_impl"), ALL, of_class=True),
-    "_check_input_dim of the instance": Patch(check_of_the_input, ("norm",)),
-    "F.batch_norm": Patch(in_torch(F, "batch_norm"), ("norm",), of_class=True),
-    "torch.batch_norm": Patch(in_torch(torch, "batch_norm"), ("norm",), of_class=True),
-    "F.avg_pool2d": Patch(in_torch(F, "avg_pool2d"), ("pool",), of_class=True),
-    "functional.seq_to_ann_forward": Patch(
-        in_torch(functional, "seq_to_ann_forward"), ("pool",), of_class=True
-    ),
+    "forward": (in_instance("forward"), CHILDREN),
+    "multi_step_forward": (in_instance("multi_step_forward"), ("node",)),
+    "compile()": (compiled_by_itself, CHILDREN),
+    "_call_impl": (in_instance("_call_impl"), CHILDREN),
+    "_check_input_dim": (check_of_the_input, ("norm",)),
 }
+"""Ways to replace what a child of a stage does, and the children that have it."""
 
 PATCHED = []
-for name, patched in PATCHES.items():
-    PATCHED += [(name, child) for child in patched.children]
+for name, (patch, children) in PATCHES.items():
+    PATCHED += [pytest.param(patch, child, id=f"{name} of {child}") for child in children]
 
 
 @needs_kernel
@@ -246,14 +197,12 @@ for name, patched in PATCHES.items():
 def test_whatever_is_patched_runs(passes, patch, child):
     unpatched = forward_and_backward(three(Stage)[0])
     passes.fused = 0
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        results = []
-        for build in (Stage, nn.Sequential):
-            net, children = three(build)
-            if build is Stage or not PATCHES[patch].of_class:
-                PATCHES[patch].apply(children[child], monkeypatch)
-            results.append(forward_and_backward(net))
-        assert all(map(torch.equal, *results))
+    results = []
+    for build in (Stage, nn.Sequential):
+        net, children = three(build)
+        patch(children[child])
+        results.append(forward_and_backward(net))
+    assert all(map(torch.equal, *results))
     assert not torch.equal(results[0][0], unpatched[0])
     assert passes.fused == 0
 
@@ -343,7 +292,7 @@ def test_a_watcher_of_any_child_is_told_as_in_a_sequential(child, wants):
 
 
 def subclass(base):
-    return type("Noisy", (base,), {"forward": half(base.forward)})
+    return type("Noisy", (base,), {"forward": lambda self, x: 0.5 * base.forward(self, x)})
 
 
 @needs_kernel

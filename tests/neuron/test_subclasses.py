@@ -1,5 +1,6 @@
 """Which subclasses of a neuron are their base: by what they override, in every call."""
 
+import itertools
 import warnings
 
 import pytest
@@ -142,11 +143,13 @@ def finetuned(kind, **given):
     return True, ""
 
 
-SLOW = [pytest.param(call, marks=pytest.mark.slow) for call in (evaluated, finetuned)]
+QUESTIONS = [
+    *itertools.product(SUBCLASSES, (monitored, replaced, proved)),
+    *itertools.product(("a constructor", "neuronal_fire"), (evaluated, finetuned)),
+]
 
 
-@pytest.mark.parametrize("call", [monitored, replaced, proved, *SLOW])
-@pytest.mark.parametrize("change", SUBCLASSES)
+@pytest.mark.parametrize(("change", "call"), QUESTIONS)
 def test_a_subclass_is_its_base_unless_it_changes_what_runs(change, call):
     works, said = call(SUBCLASSES[change])
     assert works == (change in HARMLESS)
@@ -154,7 +157,7 @@ def test_a_subclass_is_its_base_unless_it_changes_what_runs(change, call):
         assert change in said
 
 
-@pytest.mark.parametrize("call", [monitored, proved, *SLOW])
+@pytest.mark.parametrize("call", [monitored, proved, evaluated, finetuned])
 def test_a_decay_and_a_gain_are_the_same_in_every_call(call):
     works, said = call(Leaky, decay={Leaky: 0.6}, gain={Leaky: 0.5})
     assert works, said

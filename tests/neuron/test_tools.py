@@ -209,20 +209,6 @@ def test_precision_is_torchs_autocast():
         precision.prepare_model_for_precision(with_dlif(False), "cpu", storage)
 
 
-def test_a_registered_class_goes_through_a_saved_configuration():
-    config = pytest.importorskip(f"{PACKAGE}.distributed.vision.config")
-    from spikingjelly.activation_based.model import sew_resnet
-
-    config.register_neuron_class(DLIFNode)
-    path = f"{DLIFNode.__module__}.{DLIFNode.__qualname__}"
-    wanted = config.NeuronConfig(path, {"T": T, "tau": 3.0}, f"{PACKAGE}.surrogate.ATan")
-    saved = sew_resnet.SEWResNet34Config(time_steps=T, neuron_config=wanted).as_dict()
-    made, kwargs = config._resolve_neuron_config(config.ModelConfig.from_dict(saved).neuron_config)
-    assert made is DLIFNode
-    assert isinstance(kwargs.pop("surrogate_function"), surrogate.ATan)
-    assert kwargs == {"T": T, "tau": 3.0}
-
-
 class Reset(nn.Module):
     """Images [N, C, H, W] to the mean over time."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops.calls import KERNELS, choose
 
-from sj_robust.ops.dlif import backends, cpp, cupy_launch, dispatch, triton_launch
+from sj_robust.ops.dlif import cpp, cupy_launch, operator, triton_launch
 
 
 @pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
@@ -41,8 +41,8 @@ def gpu(monkeypatch):
     remembered = (
         triton_launch._triton_reason,
         cupy_launch._cupy_reason,
-        backends._failure,
-        dispatch._warn,
+        operator._failure,
+        operator._warn,
     )
     for cached in remembered:
         cached.cache_clear()

@@ -12,17 +12,15 @@ import pytest
 import torch
 from covering import every_pair, pairwise
 from ops.calls import KERNELS, assert_equal, laid_out, needs_kernel
-from ops.triton import stage_cases
-from ops.triton.stage_cases import Call, Case
+from ops.stage_calls import Call, Case, cases, check
 from oracle import dlif_bptt
 from torch import nn
 from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import apart, reference
-from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, fused_kernels
-from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.bn_dlif.repeated import repeat_step
+from sj_robust.ops.bn_dlif import dispatch, reference
+from sj_robust.ops.bn_dlif.config import BatchNorm, repeat_step
+from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step, runs_in_one_pass
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.surrogate import HOST_NAMES
 
@@ -229,9 +227,9 @@ def shares(grad_means, shape):
 
 
 @needs_kernel
-@pytest.mark.parametrize("case", stage_cases.cases(), ids=str)
-def test_equals_the_reference_on_the_table_of_the_kernels_for_gpus(case):
-    stage_cases.check(case, backend="cpp")
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_equals_the_reference(case):
+    check(case, "cpp")
 
 
 HALVES = {
@@ -455,7 +453,7 @@ def test_other_memory_formats_run_apart():
     x = torch.randn(3, 2, 4, 6, 6)
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     turned = x.transpose(3, 4).contiguous().transpose(3, 4)
-    assert fused_kernels(turned, norm, Surrogate()) is None
+    assert not runs_in_one_pass(turned, norm, Surrogate())
     gradients = []
     for values in (x, turned):
         leaf = values.clone().requires_grad_()
@@ -481,14 +479,14 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     x = torch.randn(3, 4, 5, 6)
     custom = Surrogate("custom", function=torch.sigmoid)
-    assert fused_kernels(x, norm, custom) is None
+    assert not runs_in_one_pass(x, norm, custom)
     spikes, _, _ = batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, surrogate=custom)
     assert ((spikes > 0) & (spikes < 1)).all()
     mixed = BatchNorm(torch.ones(5).double(), None, None, None, use_batch_statistics=True)
-    assert fused_kernels(x.half(), mixed, Surrogate()) is None
+    assert not runs_in_one_pass(x.half(), mixed, Surrogate())
     for thin in (torch.randn(3, 4, 5, 6, 1), torch.randn(3, 4, 5, 1, 6)):
-        assert fused_kernels(thin, norm, Surrogate()) is not None
-        assert fused_kernels(thin, norm, Surrogate(), average_pool=True) is None
+        assert runs_in_one_pass(thin, norm, Surrogate())
+        assert not runs_in_one_pass(thin, norm, Surrogate(), average_pool=True)
         with pytest.raises(RuntimeError, match="Output size is too small"):
             batch_norm_dlif_multi_step(thin, norm, torch.ones(3), decay=0.9, average_pool=True)
 
@@ -498,11 +496,11 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
 def test_pooling_of_spikes_apart_equals_torchs(plane, dtype):
     torch.manual_seed(0)
     spikes = (torch.rand(3, 2, 5, *plane) > 0.5).to(dtype)
-    assert apart.can_pool(spikes)
+    assert dispatch.can_pool(spikes)
     means = []
     gradients = []
     seconds = []
-    for run in (apart.pool, reference.pool):
+    for run in (dispatch.pool, reference.pool):
         leaf = spikes.clone().requires_grad_()
         means.append(run(leaf))
         (gradient,) = torch.autograd.grad(means[-1].square().sum(), leaf, create_graph=True)
@@ -525,7 +523,7 @@ def test_what_is_not_pooled_apart():
         channels_last,
         None,
     )
-    assert not any(map(apart.can_pool, (*others, spikes.to("meta"))))
+    assert not any(map(dispatch.can_pool, (*others, spikes.to("meta"))))
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -538,7 +536,7 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
     step = torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype)
     upstream = torch.randn(4, 3, 5, 4, 2).to(dtype)
     found = []
-    for run in (apart.normalise, reference.normalise):
+    for run in (dispatch.normalise, reference.normalise):
         x = step.clone().requires_grad_()
         leaves = [x]
         norm = BatchNorm(None, None, mean, variance, use_batch_statistics=False, eps=1e-3)

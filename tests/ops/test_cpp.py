@@ -14,7 +14,7 @@ from ops.calls import assert_equal, needs_kernel, random_call
 from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
-from sj_robust.ops.dlif import backends, cpp, eager
+from sj_robust.ops.dlif import cpp, eager, operator
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 
@@ -51,9 +51,9 @@ def test_large_tensors(instruction_set, threads, M):
     threads(2)
     inputs, grads = call(5, M)
     inputs = inputs._replace(v_init=None)
-    assert_equal(*(backends.forward(one, inputs, True) for one in (cpp, eager)))
+    assert_equal(*(operator.forward(one, inputs, True) for one in (cpp, eager)))
     actual, wanted = (
-        backends.backward(one, inputs, OutputGradients(grads.spike_seq), False)
+        operator.backward(one, inputs, OutputGradients(grads.spike_seq), False)
         for one in (cpp, eager)
     )
     assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
@@ -68,7 +68,7 @@ def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
     M = 1 << 20
     gain = torch.ones(1)
     one, many = (
-        backends.backward(
+        operator.backward(
             cpp,
             Inputs(torch.full((1, n), 0.1), gain, None, config()),
             OutputGradients(torch.full((1, n), 0.3)),
@@ -89,7 +89,7 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
         None, v_threshold=float("nan"), decay=1.0
     )  # nobody fires, so the potential is the input itself
     inputs = Inputs(x, torch.ones(1), torch.zeros(x.shape[1]), c)
-    _, v, _ = backends.forward(cpp, inputs, False)
+    _, v, _ = operator.forward(cpp, inputs, False)
     assert_close(v, patterns.float(), rtol=0, atol=0, equal_nan=True)
     # and back: with no spike and no spike gradient grad_x is grad_v
     exact = patterns.float()
@@ -107,7 +107,7 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
             torch.zeros_like(x), torch.ones(1), None, config(None, 1.0, 10.0, detach_reset=True)
         )
         grads = OutputGradients(torch.zeros_like(x), grad_v.contiguous())
-        grad_x, _, _ = backends.backward(cpp, inputs, grads, False)
+        grad_x, _, _ = operator.backward(cpp, inputs, grads, False)
         assert_close(grad_x[0], grad_v.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -118,8 +118,8 @@ def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
     results = []
     for count in (1, 2, 3, 16):
         threads(count)
-        outputs = backends.forward(cpp, inputs, True)
-        results.append([*outputs, *backends.backward(cpp, inputs, grads, True)])
+        outputs = operator.forward(cpp, inputs, True)
+        results.append([*outputs, *operator.backward(cpp, inputs, grads, True)])
     for other in results[1:]:
         assert_equal(other, results[0])
 
@@ -128,12 +128,12 @@ def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
 def test_calls_from_several_threads_at_once(threads):
     threads(2)
     calls = [call(4, 100_003, seed=seed) for seed in range(4)]
-    expected = [backends.backward(cpp, *one, True) for one in calls]
+    expected = [operator.backward(cpp, *one, True) for one in calls]
     actual = [None] * len(calls)
 
     def work(i):
         for _ in range(5):
-            actual[i] = backends.backward(cpp, *calls[i], True)
+            actual[i] = operator.backward(cpp, *calls[i], True)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
     for worker in workers:
@@ -147,14 +147,14 @@ FORK = """
 import os, sys
 import numpy, torch
 from sj_robust.ops import Surrogate
-from sj_robust.ops.dlif import backends, cpp
+from sj_robust.ops.dlif import cpp, operator
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 torch.set_num_threads(2)
 x = torch.randn(4, 200_000)
 inputs = Inputs(x, torch.ones(4), None, DLIFConfig(0.9, 1.0, 0.0, Surrogate(), False))
 def results():
-    outputs = backends.forward(cpp, inputs, True)
-    outputs += backends.backward(cpp, inputs, OutputGradients(x), True)
+    outputs = operator.forward(cpp, inputs, True)
+    outputs += operator.backward(cpp, inputs, OutputGradients(x), True)
     return [tensor.numpy() for tensor in outputs]
 def exit_code(before):
     child = os.fork()
@@ -187,14 +187,14 @@ def test_wide_code_stores_past_the_cache():
 
 @needs_kernel
 def test_what_a_gpu_kernel_is_tried_with_spikes_once_in_a_right_one():
-    assert backends._spikes_of_one_neuron("cpp", torch.device("cpu")) == [0.0, 1.0]
+    assert operator._spikes_of_one_neuron("cpp", torch.device("cpu")) == [0.0, 1.0]
 
 
 @needs_kernel
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, "altivec")
     with pytest.raises(ValueError, match="must be one of .*'baseline'.* got 'altivec'"):
-        backends.forward(cpp, call(2, 3)[0], False)
+        operator.forward(cpp, call(2, 3)[0], False)
 
 
 @needs_kernel
@@ -236,7 +236,7 @@ def test_missing_or_foreign_library_falls_back(
     with pytest.raises(RuntimeError, match=reason):
         dlif_multi_step(x, torch.ones(3), decay=0.9, backend="cpp")
     with pytest.raises(RuntimeError, match=reason):
-        backends.forward(cpp, call(3, 5)[0], False)
+        operator.forward(cpp, call(3, 5)[0], False)
 
 
 @needs_kernel

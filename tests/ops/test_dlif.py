@@ -32,7 +32,7 @@ from torch.testing import assert_close
 from sj_robust.core.host import surrogate as host
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import eager
-from sj_robust.ops.dlif.dispatch import check_backend, choose_backend
+from sj_robust.ops.dlif.operator import check_backend, choose_backend
 from sj_robust.ops.surrogate import HOST_NAMES
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

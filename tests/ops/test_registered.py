@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, dlif_multi_step
+from sj_robust.ops.bn_dlif.config import BatchNorm
 from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
-from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.config import DLIFConfig
 from sj_robust.ops.dlif.operator import check_call
 from sj_robust.ops.registration import Operator
@@ -80,7 +80,6 @@ def test_torch_finds_no_fault_in_batch_norm_and_dlif(statistics, channels_last, 
         "eps": 1e-5,
         "average_pool": True,
         "channels_last": channels_last,
-        "backend": "cpp",
     }
     given = (*leaves, mean, variance), {**stage, "store_v_seq": True, "store_current": True}
     torch.library.opcheck(OPS.bn_dlif, *given)

@@ -26,8 +26,8 @@ from sj_robust.ops.trains.config import (
     Trains,
     Windows,
 )
+from sj_robust.proofs.bounds import bounded_neurons
 from sj_robust.proofs.differentiable_chains import DifferentiableChain
-from sj_robust.proofs.logits import bounded_neurons
 from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
 
 needs_kernel = pytest.mark.skipif(

@@ -366,34 +366,3 @@ def test_round_trip_and_table():
     assert IntensityCorrelation.from_json(result.to_json()) == result
     with pytest.raises(ValueError, match="not an intensity study"):
         IntensityCorrelation.from_json("{}")
-    lines = result.table("noise").splitlines()
-    assert len(lines) == 2 + 2 * len(INDICATORS)
-    found = result.associations["noise"]["net.4"]["tasad"]["spearman"]
-    assert f"{found.value:.2f} ({found.low:.2f}, {found.high:.2f})" in lines[-1]
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"perturb": {}}, "at least one direction"),
-        ({"eps": [0.1]}, "two sizes > 0"),
-        ({"eps": [0.0, 0.1]}, "two sizes > 0"),
-        ({"eps": 0.1}, "two sizes > 0"),
-        ({"resamples": 0}, "resamples must be >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-    ],
-)
-def test_wrong_use(options, reason):
-    with pytest.raises(ValueError, match=reason):
-        study(**options)
-
-
-def test_untrained_and_unequal_are_refused():
-    model = network()
-    x, y = classified(model, 4)
-    options = {"perturb": {"noise": noise}, "eps": SIZES}
-    wrong = (y + 1) % 3
-    with pytest.raises(ValueError, match="misclassifies all of the 4 images"):
-        intensity_correlation(model, x, wrong, **options)
-    with pytest.raises(ValueError, match="as many images as classes, at least one, got 4 and 3"):
-        intensity_correlation(model, x, y[:3], **options)

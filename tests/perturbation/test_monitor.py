@@ -508,13 +508,6 @@ def test_empty_batch(monitor):
     assert stats["8"].samples == 0
 
 
-def test_autocast(net, pair):
-    exact = MPPDMonitor(net).compare(*pair)["2"]
-    with torch.autocast("cpu", torch.bfloat16):
-        stats = MPPDMonitor(net).compare(*pair)["2"]
-    assert_close(stats.ms_mppd, exact.ms_mppd, rtol=0.1, atol=0)
-
-
 @pytest.mark.slow
 def test_compiled_network(net, pair, monitor):
     expected = monitor.compare(*pair)

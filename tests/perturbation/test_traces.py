@@ -43,32 +43,6 @@ def test_neurons_that_differ_are_among_those_that_are_drawn(found):
     assert int((cells == both).sum()) == 2 * (25 * 2 + 15)
 
 
-def test_panels_beyond_the_layers_are_empty(found):
-    figure = found.plot()
-    shown = [axes.axison for axes in figure.axes]
-    assert shown == 5 * [True] + 3 * [False]
-    labels = [axes.get_ylabel() for axes in figure.axes]
-    row = ["neuron", "", "", ""]
-    assert labels == row + row
-    assert titles(figure)[:2] == ["0\ndiverges at step 1", "1"]
-    assert figure.get_figheight() > found.plot("potential").get_figheight() > 2
-    with pytest.raises(ValueError, match="sample must be from 0 to 0, got 1"):
-        found.plot(sample=1)
-
-
-@pytest.mark.parametrize(("T", "across"), [(4, 4), (24, 2), (64, 1)])
-def test_marks_stay_apart_at_many_steps(T, across):
-    x = torch.full((1, 20), 0.5)
-    figure = spike_traces(neurons_in_a_row(5), x, x + 0.1, T=T).plot()
-    figure.draw_without_rendering()
-    first = figure.axes[0]
-    assert first.get_gridspec().ncols == across
-    step = first.get_window_extent().width / figure.dpi * 72 / T  # points
-    assert step > first.lines[0].get_markersize()
-    row = first.get_window_extent().height / figure.dpi * 72 / 20
-    assert row > first.lines[0].get_markersize()
-
-
 def test_the_potential_is_that_of_the_neuron_whose_spikes_differ_most(found):
     axes = found.plot("potential").axes[0]
     clean, _, perturbed, fired = axes.lines[:4]

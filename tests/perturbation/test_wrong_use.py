@@ -153,41 +153,6 @@ def test_full_perturbation_is_left_out_where_the_potential_is_another():
     monitor.compare(*inputs())  # warns once
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"decay": {"1": 0.0}}, r"decay of '1' must be in \(0, 1\], got 0.0"),
-        ({"decay": {Leaky: 1.5}}, r"must be in \(0, 1\], got 1.5"),
-        (
-            {"decay": {"7": 0.5}},
-            r"no neuron has the name or exact type '7'; "
-            r"the network has '1' \(Leaky\), '3' \(IFNode\)",
-        ),
-        ({"decay": {neuron.LIFNode: 0.5}}, "no neuron has the name or exact type"),
-        (
-            {"decay": {"3": 0.5, "1": 0.5}},
-            "'3' names a IFNode, whose decay is read from the neuron",
-        ),
-        ({"decay": {"1": 0.5}, "gain": {Leaky: 1.0}}, "gain: .* has no decay"),
-        ({"decay": {"1": 0.5}, "layers": "first"}, r"got 'first'; for one layer pass \['first'\]"),
-        ({"decay": {"1": 0.5}, "layers": ["1", "x"]}, "no monitored layer 'x'; monitored are 1, 3"),
-        ({"decay": {"1": 0.5}, "layers": []}, "at least one layer"),
-        ({"layers": ["1"]}, "layer '1' cannot be followed: the decay of Leaky is not known"),
-        (
-            {"decay": {"1": 0.5}, "keep": "all"},
-            "keep must be 'statistics', 'trace' or 'loss', got 'all'",
-        ),
-    ],
-)
-def test_wrong_options(options, message):
-    net = net_of(Leaky(), neuron.IFNode())
-    with pytest.raises(ValueError, match=message):
-        MPPDMonitor(net, **options)
-    for module in net:
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
 def test_a_decay_alone_does_not_make_a_parallel_neuron_followable():
     if not hasattr(neuron, "PSN"):
         pytest.skip("SpikingJelly 0.0.0.0.14 has no PSN")
@@ -195,13 +160,7 @@ def test_a_decay_alone_does_not_make_a_parallel_neuron_followable():
         MPPDMonitor(net_of(neuron.PSN(T=T)), decay={neuron.PSN: 0.5})
 
 
-def test_a_network_without_neurons():
-    with pytest.raises(ValueError, match="Linear holds no SpikingJelly neuron"):
-        MPPDMonitor(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("samples", [5, T])
-@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize(("samples", "wrong"), [(5, 0), (T, 1)])
 def test_a_neuron_left_in_single_steps_is_named(samples, wrong):
     nodes = [neuron.IFNode(), neuron.IFNode()]
     net = net_of(*nodes)
@@ -222,16 +181,8 @@ def test_runs_of_different_shapes_and_lengths(net, pair, keep):
     message = r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"
     with pytest.raises(ValueError, match=message):
         monitor.compare(x, fewer)
-    shapes = r"'2' gets input of shape \(2, 4, 6, 6\) .* and \(3, 4, 6, 6\) in the clean run"
-    longer = r"more steps in the perturbed run than in the clean run \(4\)"
-    shorter = "takes 3 steps in the perturbed run and 4 in the clean run"
-    cases = {
-        shapes: fewer,
-        longer: torch.cat((x, x)),
-        shorter: x_perturbed[:3],
-    }
-    for message, other in cases.items():
-        with pytest.raises(ValueError, match=message):
+    for other in (fewer, torch.cat((x, x)), x_perturbed[:3]):
+        with pytest.raises(ValueError, match="clean run"):
             run_pair(monitor, net, x, other)
         with pytest.raises(RuntimeError, match="two complete runs"):
             monitor.loss()
@@ -315,21 +266,11 @@ def test_a_network_of_which_no_neuron_can_be_followed_says_why():
             monitor.compare(x, x, forward=forward)
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        (["nope"], "no monitored layer 'nope'"),
-        ("last", "'8' is not in the last pair of runs, which has 2, 4"),
-        ("4", r"for one layer pass \['4'\]"),
-    ],
-)
-def test_wrong_layers_of_a_loss(layers, message, net, pair):
+def test_the_last_layer_must_be_in_the_pair(net, pair):
     monitor = MPPDMonitor(net, layers=["2", "4"])
     run_pair(monitor, net, *pair)
-    with pytest.raises(ValueError, match=message):
-        monitor.loss(layers)
-    with pytest.raises(ValueError, match="norm must be 'l2' or 'l1', got 'linf'"):
-        monitor.loss(["4"], norm="linf")
+    with pytest.raises(ValueError, match="'8'"):
+        monitor.loss("last")
     assert monitor.loss("all").requires_grad
 
 
@@ -352,8 +293,7 @@ class PastHooks(Skipping):
         return self.second.multi_step_forward(self.first(x))
 
 
-@pytest.mark.parametrize("layers", ["last", "all", ["first", "second"]])
-@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize(("layers", "before"), [("last", 0), ("all", 1), (["first", "second"], 0)])
 def test_a_layer_that_runs_past_its_hooks_is_noticed(layers, before):
     net = PastHooks()
     monitor = MPPDMonitor(net, layers=layers)
@@ -369,32 +309,18 @@ def test_a_layer_that_runs_past_its_hooks_is_noticed(layers, before):
     assert list(monitor.compare(x, x_perturbed)) == ["first"]
 
 
-def test_a_layer_in_the_perturbed_run_only():
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_layer_in_one_of_the_runs_only(skip):
     net = Skipping()
+    net.skip = skip
     monitor = MPPDMonitor(net)
     x, x_perturbed = inputs()
     with monitor.clean():
         net(x)
-    assert monitor.execution_order == ("first",)
+    assert monitor.execution_order == (("first",) if skip else ("first", "second"))
     functional.reset_net(net)
-    net.skip = False
-    message = "'second' ran in the perturbed run but not in the clean run"
-    with pytest.raises(ValueError, match=message), monitor.perturbed():
-        net(x_perturbed)
-
-
-def test_a_layer_in_the_clean_run_only():
-    net = Skipping()
-    net.skip = False
-    monitor = MPPDMonitor(net)
-    x, x_perturbed = inputs()
-    with monitor.clean():
-        net(x)
-    assert monitor.execution_order == ("first", "second")
-    functional.reset_net(net)
-    net.skip = True
-    message = "'second' takes 0 steps in the perturbed run and 4"
-    with pytest.raises(ValueError, match=message), monitor.perturbed():
+    net.skip = not skip
+    with pytest.raises(ValueError, match="'second'"), monitor.perturbed():
         net(x_perturbed)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from sj_robust import DLIFNode
 from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.moves import Events, Moves
+from sj_robust.proofs.changes import Flips
+from sj_robust.proofs.moves import Events, MovedEvents
 from sj_robust.proofs.rules import Bounds
 
 T = 3
@@ -80,7 +80,7 @@ def all_moved(x: Tensor, moves: int, shift: int, *, binary: bool = True) -> Tens
 def all_of(ball: Events, sample: Tensor) -> Tensor:
     """Every sample of a ball around one [T, *], [sets, T, *]."""
     budget = int(ball.budget)
-    if isinstance(ball, Moves):
+    if isinstance(ball, MovedEvents):
         return all_moved(sample, budget, ball.largest_shift, binary=not ball.counts)
     return all_changed(sample, budget, binary=not ball.counts)
 
@@ -128,7 +128,7 @@ class Kind:
 
     def ball(self, x: Tensor, budget: float) -> Events:
         if self.moves:
-            return Moves.of(x, budget, 1, counts=self.counts)
+            return MovedEvents.of(x, budget, 1, counts=self.counts)
         return Flips(budget, self.counts)
 
     def threat(self, budget: int) -> ThreatModel:

@@ -21,7 +21,7 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.preserved import sums_of_products
 from sj_robust.proofs import UnsoundBoundsError, verify
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
+from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
 from sj_robust.proofs.soundness import WatchedRun, check_point
 
 IMAGES = 32

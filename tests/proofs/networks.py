@@ -106,6 +106,15 @@ def in_steps(*parts, T=T, kind=SpikingClassifier):
     return kind(net, T).eval()
 
 
+def small(node, *, seed=0):
+    """Two layers of neurons on three pixels, each of which fires at some inputs."""
+    torch.manual_seed(seed)
+    parts = (layer.Linear(3, 5), node(), layer.Linear(5, 4), node(), layer.Linear(4, 3))
+    for part in parts[::2]:
+        nn.init.normal_(part.weight, 0.5, 2.0)
+    return in_steps(*parts)
+
+
 def batch(model, count):
     """Images for :data:`NETWORKS` and the classes that a model gives them."""
     x = torch.rand(count, 2, 8, 8)

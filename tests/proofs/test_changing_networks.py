@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-from functools import partial
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from torch.testing import assert_close
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, verify
-from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.branching import Prover
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
+from sj_robust.proofs.points import Points
 from sj_robust.proofs.rules import Bounds
 
 SIGNS = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
@@ -299,7 +296,7 @@ def test_layers_of_both_step_modes(kind):
         distance = (grid[classes != y] - x).abs()
         eps = float(distance.min()) + 1e-6
         looked_at += 1
-        for method in ("ibp", "joint", "crown"):
+        for method in ("ibp", "joint"):
             assert verify(model, x, y, eps, method=method).verified == (False,), (seed, method)
     assert looked_at > 2
 
@@ -425,18 +422,17 @@ def test_points_of_the_check_reach_what_pixels_add_up_to(step_mode):
 
     net = Formula(forward, fc=fc, node=node, out=linear([[1.0], [0.0]], [0.0, 0.5]))
     model = SpikingClassifier(net, T=2, takes="sequence").eval()
-    maps = Maps(partial(bounded_logits, model), bounded_neurons(model), x[0])
-    prover = Prover(model, maps, 0.05)
+    points = Points(model, bounded_neurons(model), 0.05)
     calls = 1 if step_mode == "m" else 2
-    moved = [fc(point) - fc(x) for point in prover.along_currents(x)]
+    moved = [fc(point) - fc(x) for point in points.along_currents(x)]
     assert_close(
         torch.stack(moved), 0.32 * torch.tensor([-1.0, 1.0] * calls).view(-1, 1, 1).expand(-1, 3, 1)
     )
-    (fallen,) = prover.against_lead(x)
+    (fallen,) = points.against_lead(x)
     assert_close(fc(fallen) - fc(x), torch.full((3, 1), 0.32))  # a spike would close the lead
-    for point in (*prover.along_currents(x), fallen):
+    for point in (*points.along_currents(x), fallen):
         assert ((point.double() - x.double()).abs() <= 0.05).all()
-    random_corner = next(prover.points(x))
+    random_corner = next(points.drawn(x))
     assert (fc(random_corner) - fc(x)).abs().max() < 0.16
 
 
@@ -456,7 +452,7 @@ def test_bounds_that_only_the_corners_along_slopes_leave_are_refused(removed, mo
     model = changing(half, x, T=1, step_mode="m")
     y = model(x).argmax(1)
     for name in removed:
-        monkeypatch.setattr(Prover, name, lambda self, images: ())
+        monkeypatch.setattr(Points, name, lambda self, images: ())
     if removed == SLOPES:  # random corners do not show it
         assert verify(model, x, y, 0.03, method="ibp").verified == (True,)
         return
@@ -486,7 +482,6 @@ def test_the_check_goes_on_without_slopes():
     model = SpikingClassifier(nn.Sequential(nn.Linear(2, 2), neuron.IFNode(step_mode="m")), T=1)
     model.eval()
     x = torch.rand(2, 2)
-    maps = Maps(partial(bounded_logits, model), bounded_neurons(model), x[0])
 
     def cut(images):
         return model(images).detach()
@@ -495,4 +490,4 @@ def test_the_check_goes_on_without_slopes():
         raise RuntimeError("a view was modified in place")
 
     for logits in (cut, broken_graph):
-        assert list(Prover(logits, maps, 0.1).against_lead(x)) == []
+        assert list(Points(logits, {}, 0.1).against_lead(x)) == []

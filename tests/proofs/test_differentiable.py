@@ -15,10 +15,10 @@ from training import small_run
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
+from sj_robust.proofs.bounds import bounded_neurons
+from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds, batch_statistics
-from sj_robust.proofs.flips import Flips
-from sj_robust.proofs.logits import bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
 
 

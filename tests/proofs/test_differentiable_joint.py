@@ -32,15 +32,13 @@ from sj_robust.proofs import (
     rounding,
     windows,
 )
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.differentiable_chains import Chains, ChainSums, Gates
 from sj_robust.proofs.joint import JointRun, OverTime
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.spiking import Interval, RealSpiking
-from sj_robust.proofs.trains import Trains
-from sj_robust.proofs.windows import SpikeTrains
+from sj_robust.proofs.windows import ListedTrains, SpikeTrains
 
 rand = partial(torch.rand, dtype=torch.float64)
 randn = partial(torch.randn, dtype=torch.float64)
@@ -242,7 +240,7 @@ class SmoothSums:
         high = low + 0.5 * rand(7)
         self.given = [low, high, scale, -scale * cuts]
         far = torch.tensor([1e9], dtype=torch.float64)
-        trains = Trains(
+        trains = ListedTrains(
             low=torch.cat([-far, cuts]),
             high=torch.cat([cuts, far]),
             spikes=torch.eye(4, dtype=torch.float64),

@@ -9,8 +9,7 @@ from torch.testing import assert_close
 
 from sj_robust.proofs import changes
 from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.changes import share_frames
-from sj_robust.proofs.flips import Flips
+from sj_robust.proofs.changes import Flips, share_frames
 from sj_robust.proofs.rules import Bounds
 
 

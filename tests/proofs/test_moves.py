@@ -16,7 +16,7 @@ from proofs.event_balls import (
 from torch.testing import assert_close
 
 from sj_robust.proofs import moves
-from sj_robust.proofs.moves import Moves
+from sj_robust.proofs.moves import MovedEvents
 
 
 def binary_lines(steps):
@@ -42,7 +42,7 @@ def each_convolved(every):
 def test_a_step_is_bounded_exactly_for_longer_and_for_more_moves(budget, shift, kind):
     kind = KINDS[kind]
     x = kind.apart(1, T, 1, 2, 3, seed=5)
-    ball = Moves.of(x, budget, shift, counts=kind.counts)
+    ball = MovedEvents.of(x, budget, shift, counts=kind.counts)
     found = convolved(entering(x, ball))
     low, high = extremes(each_convolved, x[0], ball)
     assert_close(found.least, low)
@@ -51,7 +51,7 @@ def test_a_step_is_bounded_exactly_for_longer_and_for_more_moves(budget, shift, 
 
 def test_a_step_whose_events_are_in_each_others_way_is_bounded():
     x = frames(1, T, 1, 2, 3, seed=5)
-    ball = Moves.of(x, 2, 1)
+    ball = MovedEvents.of(x, 2, 1)
     found = convolved(entering(x, ball))
     low, high = extremes(each_convolved, x[0], ball)
     assert (found.least <= low + 1e-12).all()
@@ -63,8 +63,8 @@ def test_an_event_between_events_leaves_only_if_they_make_way():
     """One move by one frame cannot empty the first of 1, 1, 0; two can."""
     line = torch.tensor([1.0, 1.0, 0.0]).double()
     x = line.view(1, T, 1, 1, 1)
-    _, with_one_move = Moves(1, 1).reach(x)
-    _, with_two_moves = Moves(2, 1).reach(x)
+    _, with_one_move = MovedEvents(1, 1).reach(x)
+    _, with_two_moves = MovedEvents(2, 1).reach(x)
     assert with_one_move.flatten().tolist() == [0.0, 1.0, 0.0]
     assert with_two_moves.flatten().tolist() == [1.0, 1.0, 0.0]
     assert (0, 1, 1) in lines_reached(line, 2, 1, binary=True)
@@ -73,7 +73,7 @@ def test_an_event_between_events_leaves_only_if_they_make_way():
 @pytest.mark.parametrize("steps", [2, 4, 5])
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_gains_of_binary_lines_are_those_of_all_their_moves(steps, shift):
-    ball = Moves(2, min(shift, steps - 1))
+    ball = MovedEvents(2, min(shift, steps - 1))
     lines = binary_lines(steps)
     weights = frames(len(lines), steps, seed=steps, most=9) - 4
     for line, own, gains in zip(lines, weights, ball.gains(lines, weights), strict=True):
@@ -96,7 +96,7 @@ def best_gains(line, weights, ball):
 
 
 def test_gains_without_a_list_are_not_smaller(monkeypatch):
-    ball = Moves(2, 1)
+    ball = MovedEvents(2, 1)
     lines = binary_lines(4)
     weights = frames(len(lines), 4, seed=1, most=9)
     listed = ball.gains(lines, weights).sum(1)
@@ -110,7 +110,7 @@ def test_gains_without_a_list_are_not_smaller(monkeypatch):
 
 def test_rows_with_several_frames_have_no_bounds_of_moves():
     x = frames(1, T, 1, 2, 2)
-    ball = Moves.of(x, 1, 1)
+    ball = MovedEvents.of(x, 1, 1)
     weight = weights()(3, 12)
 
     def function(z):
@@ -126,5 +126,5 @@ def test_rows_with_several_frames_have_no_bounds_of_moves():
 def test_moves_of_counts_may_share_a_place():
     x = torch.ones(1, 2, 1, 1, 1)
     onto = torch.tensor([[[[[-1.0]]], [[[0.0]]]]])
-    assert Moves(1, 1).lowest(x, onto).flatten().tolist() == [1.0, 1.0]
-    assert Moves(1, 1, counts=True).lowest(x, onto).flatten().tolist() == [2.0, 0.0]
+    assert MovedEvents(1, 1).lowest(x, onto).flatten().tolist() == [1.0, 1.0]
+    assert MovedEvents(1, 1, counts=True).lowest(x, onto).flatten().tolist() == [2.0, 0.0]

@@ -16,7 +16,7 @@ from sj_robust.evaluation import evaluate
 from sj_robust.proofs import no_flip_radius, verify
 from sj_robust.proofs.rounding import is_rounding
 
-METHODS = ("ibp", "joint", "crown", "bab")
+METHODS = ("ibp", "joint", "mip")
 MASK = -1e9
 
 
@@ -182,7 +182,7 @@ def test_a_large_constant_beside_spikes_is_no_contradiction():
     torch.manual_seed(0)
     node = neuron.IFNode(step_mode="m", v_threshold=0.3)
     model = classifier(forward, T=2, fc=nn.Linear(3, 5), node=node, out=nn.Linear(6, 3))
-    assert count_proofs(model, torch.rand(4, 3), 0.01, method="crown") > 0
+    assert count_proofs(model, torch.rand(4, 3), 0.01) > 0
 
 
 def test_masked_networks_are_still_proved():
@@ -250,15 +250,15 @@ def count_single_proofs(network, seeds, shape, largest, **given):
     return proofs
 
 
-@pytest.mark.parametrize(("method", "T"), each_in_turn(("crown", "bab", "mip"), (1, 2)))
+@pytest.mark.parametrize(("method", "T"), each_in_turn(("joint", "mip"), (1, 2)))
 def test_a_single_sample_lies_where_those_of_a_batch_do(method, T):
-    limit = {} if method == "crown" else {"time_limit": 0.2}
+    limit = {"time_limit": 5.0}
     seeds = (2, 6, 12, 13, 14, 15)  # with T = 2, some of these failed in other layouts
     network = partial(pooled, T)
     assert count_single_proofs(network, seeds, (1, 4, 4), 0.3, method=method, **limit) > 0
 
 
-@pytest.mark.parametrize("method", ["joint", "crown"])
+@pytest.mark.parametrize("method", ["ibp", "joint"])
 def test_a_single_sample_in_one_dimension(method):
     assert count_single_proofs(in_one_dimension, (0, 1, 22), (4,), 0.3, method=method) > 0
 
@@ -266,7 +266,7 @@ def test_a_single_sample_in_one_dimension(method):
 @pytest.mark.skipif(lif_multi_step is None, reason="PSN has bounds on SpikingJelly 2")
 def test_a_single_sample_before_a_parallel_neuron():
     seeds = (0, 1, 10, 20, 28, 78, 95, 109, 166)  # 20, 109 and 166 were proved falsely
-    assert count_single_proofs(before_a_parallel_neuron, seeds, (3,), 0.4, method="crown") > 0
+    assert count_single_proofs(before_a_parallel_neuron, seeds, (3,), 0.4) > 0
 
 
 @pytest.mark.parametrize(("threshold", "refused"), [(20.0, False), (10.0, True), (1.0, True)])

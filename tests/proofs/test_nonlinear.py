@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.proofs import UnsoundBoundsError, nonlinear, opened, verify
+from sj_robust.proofs import UnsoundBoundsError, nonlinear, program, verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
@@ -167,13 +167,12 @@ def test_a_bound_that_is_too_narrow_is_noticed(fault, monkeypatch):
         verify(model, x, y, 0.05, method="ibp")
 
 
-@pytest.mark.parametrize("method", ["ibp", "joint", "crown"])
 @pytest.mark.parametrize("name", ["attention", "gate", "group norm"])
-def test_every_method_has_bounds_of_a_network_with_functions(name, method):
+def test_every_method_has_bounds_of_a_network_with_functions(name):
     model, x = spiking(name)
     y = model(x).argmax(1)
     intervals = verify(model, x, y, 0.01, method="ibp").margin
-    margins = verify(model, x, y, 0.01, method=method).margin
+    margins = verify(model, x, y, 0.01, method="joint").margin
     assert all(a >= b - 1e-9 for a, b in zip(margins, intervals, strict=True))
 
 
@@ -282,7 +281,7 @@ def test_other_neurons_are_refused_by_name_with_the_reason(name):
 def test_every_reason_is_one_of_a_neuron_of_the_newest_release():
     if not hasattr(neuron, "PSN"):
         pytest.skip("this release of SpikingJelly has none of them")
-    names = [*opened.NO_BOUNDS, *opened.OPEN]
+    names = [*program.NO_BOUNDS, *program.OPEN]
     assert [name for name in names if not hasattr(neuron, name)] == []
 
 

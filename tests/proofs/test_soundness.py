@@ -20,7 +20,7 @@ from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.windows import SpikeTrains
 
-METHODS = ("ibp", "joint", "crown", "bab", "mip")
+METHODS = ("ibp", "joint", "mip")
 
 
 class Beside(nn.Module):

@@ -25,10 +25,14 @@ from sj_robust.data import Augmentation
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
+TABLES = list(product(("cifar10", "cifar100"), ("vgg11", "wrn16_4")))
 DEFENCES = sorted((CONFIGS / "defences").glob("*.yaml"))
 OTHERS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml"))]
 PRESETS = [*OTHERS, *DEFENCES, *CELLS]
-SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+SWEEPS = [
+    *sorted((CONFIGS / "sweeps").glob("*.yaml")),
+    *sorted((RECIPES / "studies").glob("*.yaml")),
+]
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
 SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
@@ -43,18 +47,8 @@ def options_in(path):
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def test_every_cell_of_the_tables_is_there():
-    wanted = {f"cifar10_vgg5_at_dlif_{name}" for name in ("rho0", "mppd", "tasad", "std")}
-    for network in product(("cifar10", "cifar100"), ("vgg11", "wrn16_4")):
-        for kind in ("lif", "dlif"):
-            wanted.add("_".join([*network, "none", kind]))
-            for mode, rho in product(("gaussian", "at", "rat"), ("rho0", "rho1")):
-                wanted.add("_".join([*network, mode, kind, rho]))
-    assert {path.stem for path in CELLS} == wanted
-
-
 @pytest.mark.parametrize(
-    "path", mostly_slow(PRESETS, quick=[*OTHERS, *CELLS[::7]]), ids=lambda path: path.stem
+    "path", mostly_slow(PRESETS, quick=[*OTHERS, *CELLS]), ids=lambda path: path.stem
 )
 def test_a_preset_builds(recipe, path):
     if path.stem.endswith("spikformer") and not hasattr(neuron, "PSN"):
@@ -191,68 +185,86 @@ PAPER = {  # hyperparameters of every cell
 def test_a_cell_has_the_papers_hyperparameters(recipe, path):
     given = options_in(path)
     options = recipe.resolve(given).given
-    name = path.stem.split("_")
     mode = options["mode"]
-    assert {mode, options["dataset"], options["neuron"]} <= {*name}
-    assert options["model"].split("_")[0] in name
+    assert mode == path.stem
     wanted = PAPER | {"weight_decay": 0.0 if mode == "rat" else 5e-4, "indicator": "mppd"}
-    if mode != "none":
-        wanted["rho"] = 0.0 if name[-1] == "rho0" else 1.0
-    if name[-1] in ("tasad", "std"):
-        wanted["indicator"] = name[-1]
-    named = {"dataset", "model", "neuron", "mode", "eps", "project", "beta"}
-    assert given.keys() <= wanted.keys() | named, "nothing else differs from the defaults"
-    assert {name: options[name] for name in wanted} == wanted
-    assert options["eps"] == ("8/255" if mode == "gaussian" else "4/255")
+    wanted |= {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif"}
+    wanted["rho"] = None if mode == "none" else 1.0
+    wanted["eps"] = "8/255" if mode == "gaussian" else "4/255"
     if mode in ("at", "rat"):
-        assert options["project"] is False
+        wanted["project"] = False
     if mode == "rat":
-        assert given["beta"] == (4e-3 if options["model"] == "wrn16_4" else 1e-3)
+        wanted["beta"] = 1e-3
+    assert given.keys() <= wanted.keys() | {"mode"}, "nothing else differs from the defaults"
+    assert {name: options[name] for name in wanted} == wanted
+
+
+def planned(path, folder, *words):
+    plan = sweep.plan(sweep.parse(["--sweep", str(path), *words]), folder)
+    return plan, [run.options for run in (*plan.runs, *plan.searches)]
+
+
+def of_table(dataset, model):
+    """All cells of a table of the paper, by the presets and the options that they name."""
+    for path, neurons, rho in product(CELLS, ("lif", "dlif"), (0.0, 1.0)):
+        own = {"dataset": dataset, "model": model, "neuron": neurons, "rho": rho}
+        if path.stem == "rat" and model == "wrn16_4":
+            own["beta"] = 4e-3
+        yield options_in(path) | own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dataset", "model"), TABLES)
+def test_the_sweep_of_the_paper_makes_every_table(recipe, tmp_path, dataset, model):
+    beta = {"vgg11": 1e-3, "wrn16_4": 4e-3}[model]
+    words = ("--options", str({"dataset": dataset, "model": model, "beta": beta}))
+    _, runs = planned(CONFIGS / "sweeps" / "paper_sweep.yaml", tmp_path, *words)
+    found = [recipe.identity(recipe.resolve(run)) for run in runs]
+    cells = of_table(dataset, model)
+    assert set(found) == {recipe.identity(recipe.resolve(cell)) for cell in cells}
+    assert len(found) == 14
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
-    options = sweep.parse(["--sweep", str(path)])
-    planned = sweep.plan(options, tmp_path)
-    runs = [run.options for run in (*planned.runs, *planned.searches)]
+def test_a_sweep_is_made_of_the_presets(path, tmp_path):
+    plan, runs = planned(path, tmp_path)
     assert runs
-    if (options.base or "").startswith("paper/"):
-        prefix = "cifar10_vgg5" if "indicators" in path.stem else path.stem.removesuffix("_sweep")
-        cells = [one for one in CELLS if one.stem.startswith(prefix)]
-        found = {recipe.identity(recipe.resolve(run)) for run in runs}
-        expected = {recipe.identity(recipe.resolve(options_in(cell))) for cell in cells}
-        assert found == expected
-    elif path.stem.startswith("certified"):
-        for run in runs:
-            if run["mode"] == "certified":
-                assert parse_eps(run["certified_eps"]) > parse_eps(run["eps"])
-    elif path.stem.startswith("defences"):
-        searches = bool(planned.searches)  # which come first, each of three values
-        assert {run["seed"] for run in runs} == ({0} if searches else {0, 1})
-        assert len(runs) == (3 if searches else 2) * len(options.cells)
+    for run in runs:
+        if run["mode"] == "certified":
+            assert parse_eps(run["certified_eps"]) > parse_eps(run["eps"])
+    if path.stem.startswith("defences"):
+        assert len(runs) == (3 * 21 if plan.searches else 2 * 21)  # three values, or two seeds
+        assert {run["seed"] for run in runs} == ({0} if plan.searches else {0, 1})
         shared = ("T", "channels", "epochs", "train_limit", "batch_size", "eval_eps")
         assert len({str([run[name] for name in shared]) for run in runs}) == 1
-        others = [one for one in (*planned.runs, *planned.searches) if one.cell != "undefended"]
+        others = [one for one in (*plan.runs, *plan.searches) if one.cell != "undefended"]
         assert {one.options["select"] for one in others} == {"pgd"}
-    elif path.stem.startswith("bfloat16"):
-        seen = [run["mixed_precision"] for run in runs[:2]]
-        assert seen == ["no", "bf16"]
-    else:
-        modes = {
-            "digits_search_sweep": {"at"},
-            "proved_digits_sweep": {"at"},
-            "proved_fashion_mnist_sweep": {"at"},
-            "cifar10_sweep": {"none", "at"},
-            "fashion_mnist_sweep": {"none", "at"},
-        }.get(path.stem, {"none", "gaussian", "at", "rat"})
-        assert modes <= {run["mode"] for run in runs}
-        assert {0.0, 1.0} <= {run["rho"] for run in runs}
+
+
+def test_cifar_10_takes_what_the_search_on_fashion_mnist_may_choose():
+    fixed, searched = (
+        options_in(RECIPES / "studies" / f"defences_{data}.yaml")["cells"]
+        for data in ("cifar10", "fashion_mnist")
+    )
+    assert list(fixed) == list(searched)
+    for name, cell in searched.items():
+        ((option, values),) = cell.pop("search").items()
+        assert fixed[name]["options"].pop(option) in values
+        if name == "undefended":  # whose epoch on CIFAR-10 clean accuracy selects
+            assert fixed[name]["options"].pop("select") == "clean"
+        assert {"options": {}} | cell == fixed[name]
 
 
 @pytest.mark.slow
-def test_every_published_figure_of_the_paper_has_its_preset(recipe):
-    settings = [recipe.resolve(options_in(path)).given for path in CELLS]
+def test_every_published_figure_of_the_paper_has_its_cell(recipe):
+    cells = [cell for table in TABLES for cell in of_table(*table)]
+    for indicator in ("mppd", "tasad", "std"):
+        own = {"model": "vgg5", "indicator": indicator}
+        cells += [
+            options_in(CONFIGS / "paper" / "at.yaml") | own | {"rho": rho} for rho in (0.0, 1.0)
+        ]
+    settings = [recipe.resolve(cell).given for cell in cells]
     for figure in PUBLISHED:
         if "Ding" in figure.source:
             assert any(figure.options.items() <= options.items() for options in settings), figure

@@ -4,7 +4,6 @@ of mistakes.
 
 import json
 from dataclasses import asdict
-from itertools import pairwise
 from shlex import split
 
 import figures
@@ -14,23 +13,18 @@ import torch
 from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw, load_figure
-from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
-from lab.figures.joint import joint_bounds, proved_by_parts
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
 
-from sj_robust.attacks import ThreatModel
-from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
-from sj_robust.models import NetworkSpec, build_classifier, build_network, pretrained
+from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
-from sj_robust.proofs.verification import Verification
 from sj_robust.training import save_checkpoint
 from sj_robust.training.history import EpochRecord
 
@@ -196,43 +190,6 @@ def study(layers, steps):
     return IntensityCorrelation.from_json(json.dumps(text))
 
 
-def test_every_part_of_joint_bounds_proves_more_of_a_trained_network():
-    test = load_images("digits").test
-    x, y = next(iter(image_loader(test, 120)))
-    shares = proved_by_parts(pretrained("digits/dlif-at-mppd").eval(), x, y, 0.006)
-    assert list(shares) == ["intervals", "+ trains", "+ windows", "+ counts"]
-    assert all(fewer < more for fewer, more in pairwise(shares.values())), shares
-
-
-def joint():
-    """Joint bounds of a small network that is not trained."""
-    torch.manual_seed(0)
-    model = build_classifier(NetworkSpec(neuron="lif", channels=(4, 4), T=4)).eval()
-    x = torch.rand(4, 1, 8, 8)
-    with torch.no_grad():
-        y = model(x).argmax(1)
-    return joint_bounds({"small": model}, x, y, {"small": (0.0, 0.001, 0.01)})
-
-
-def test_every_part_of_joint_bounds_proves_as_much_as_those_before_it():
-    data = joint()
-    shares = data.proved["small"]
-    assert shares["eps"] == [0.0, 0.001, 0.01]
-    parts = [shares[name] for name in ("intervals", "+ trains", "+ windows", "+ counts")]
-    for fewer, more in pairwise(parts):
-        for before, after in zip(fewer, more, strict=True):
-            assert before <= after
-    assert parts[0][0] == parts[-1][0] == 100.0
-    fires_always = data.trains[-1]
-    assert fires_always["spikes"] == [1.0] * 8
-    assert fires_always["current"] == pytest.approx([2.0, 4.0], abs=1e-5)
-    counts = data.counts
-    for end, sign in (("least", 1), ("most", -1)):
-        rows = zip(counts[f"intervals {end}"], counts[f"chain {end}"], strict=True)
-        for alone, chain in rows:
-            assert sign * alone <= sign * chain
-
-
 def few_layers():
     return InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}})
 
@@ -247,7 +204,7 @@ def deep():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", [one_neuron, joint, few_layers, many_layers, deep])
+@pytest.mark.parametrize("data", [one_neuron, few_layers, many_layers, deep])
 def test_figures_fit_print(data):
     for figure in draw(data()).values():
         assert figure.get_figwidth() in (3.25, 6.75)  # a column, or both
@@ -354,68 +311,3 @@ def test_gains_of_networks_without_dlif_are_left_out():
         name: build_network(NetworkSpec(neuron=name, channels=(2, 2))) for name in ("dlif", "lif")
     }
     assert list(input_gains(nets).networks) == ["dlif"]
-
-
-def proofs_and_report(verified):
-    """Four images: one is wrong, APGD breaks image 1 and the program image 2; the image given last
-    is verified.
-    """
-    broken = (True, False, True, False)
-    margin = [-0.1] * 4
-    margin[verified] = 0.1
-    margin = tuple(margin)
-    proofs = Verification(0.1, (False, True, True, True), margin, (), torch.zeros(4, 1), broken)
-    threat = ThreatModel("Linf", 0.1)
-    clean = Row("clean", "clean", range(4), (0,))
-    apgd = Row("apgd", "attack", (1, 2, 3), (1,), threat=threat)
-    report = Report("mine", "digits", "fast", (0,) * 4, (clean, apgd), threat, 10)
-    return proofs, report
-
-
-def test_truth_is_what_program_and_attacks_know_together():
-    proofs, report = proofs_and_report(verified=3)
-    truth, rows = beside(proofs, [report])
-    assert truth == Truth(0.1, verified=1, broken=3, by_program_alone=1)
-    expected = [
-        AttackOnTruth(0.1, "fast", name, 2, 1) for name in ("apgd", "worst case", "everything")
-    ]
-    assert rows == expected
-    table = GroundTruth("mine", 4, 3, (truth,), tuple(rows)).table()
-    assert "robust accuracy 25.0 %; 1 images broken by the program alone" in table
-    assert "| fast | apgd | 50.0 | 25.0 |" in table
-
-
-def test_a_verified_image_that_falls_is_named():
-    proofs, report = proofs_and_report(verified=1)
-    with pytest.raises(
-        RuntimeError, match=r"image 1 is verified at Linf 0\.1, and an attack breaks it"
-    ):
-        beside(proofs, [report])
-
-
-@pytest.mark.slow
-def test_ground_truth_of_a_small_network_is_drawn_and_loads_back_equal(tmp_path, capsys):
-    checkpoint(tmp_path / "run" / "tiny")
-    options = "--which ground_truth --eps 0.002 --images 4 --suites paper --time-limit 5"
-    figures.main([str(tmp_path / "run"), *options.split()])
-    folder = tmp_path / "run" / "figures"
-    data = load_figure(folder / "ground_truth_tiny.json")
-    assert data.images == 4
-    assert {attack.suite for attack in data.attacks} == {"paper"}
-    assert (folder / "ground_truth_tiny.png").exists()
-    assert data.table() in capsys.readouterr().out
-
-
-def test_ground_truth_needs_a_spiking_network():
-    subject = Subject("mine", torch.nn.Flatten(), "nothing that spikes")
-    with pytest.raises(TypeError, match="must be a SpikingClassifier for proofs, got Flatten"):
-        ground_truth(
-            subject,
-            torch.rand(1, 3),
-            torch.zeros(1),
-            [0.1],
-            suites=[],
-            time_limit=1.0,
-            dataset="none",
-            classes=3,
-        )

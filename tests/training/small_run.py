@@ -54,6 +54,19 @@ def splits(size=64, dtype=torch.float32):
     )
 
 
+class Items(torch.utils.data.Dataset):
+    """A list as a data set, such as pairs of images with numbers for classes."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
 class Net(nn.Module):
     """No batch norm, whose statistics would differ between processes; dropout on request, which
     draws globally.

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from covering import mostly_slow
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.testing import assert_close
@@ -128,10 +127,9 @@ def whole(tmp_path_factory):
     return load_checkpoint(folder / "last.pt")
 
 
-@pytest.mark.parametrize("call", mostly_slow([3, 6], quick=[6]))
-def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call):
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole):
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, **RESUMED, perturb=At(call, power_cut))
+        small_run.run(tmp_path, **RESUMED, perturb=At(6, power_cut))
     small_run.run(tmp_path, **RESUMED, resume=True)
     cut = load_checkpoint(tmp_path / "last.pt")
     assert cut["history"] == whole["history"]
@@ -145,20 +143,6 @@ def certified(net=None, **options):
     return Objective(classifier, **CERTIFIED["objective"] | options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"certified_eps": -0.1}, r"must be in \[0, 1\], got -0.1; .* such as 8/255"),
-        ({"certified_eps": float("nan")}, r"certified_eps must be in \[0, 1\], got nan"),
-        ({"certified_eps": None}, "belongs to loss 'certified'.*give both or neither"),
-        ({"loss": "paper"}, "certified_eps belongs to loss 'certified'"),
-    ],
-)
-def test_wrong_options_of_the_objective(options, message):
-    with pytest.raises(ValueError, match=message):
-        certified(**options)
-
-
 def check(objective, accelerator=None, **options):
     """What a training looks at before it starts."""
     plan = TrainingPlan(epochs=1, batch_size=16, **options)
@@ -166,8 +150,6 @@ def check(objective, accelerator=None, **options):
 
 
 def test_what_it_cannot_train_is_refused_before_it_starts():
-    with pytest.raises(ValueError, match="select 'verified' needs verified_eps"):
-        TrainingPlan(epochs=1, select="verified")
     message = r"no bounds are known for the operation sin in or behind 2.1 .Wave."
     with pytest.raises(ValueError, match=message):
         check(certified(unbounded()), select="verified", verified_eps=EPS)
@@ -198,32 +180,6 @@ def test_the_ramp_is_as_long_as_its_share_of_the_training():
         assert loss.ramp == pytest.approx(ramp)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"surrogate_width": 0.0}, "surrogate_width must be > 0 and finite, got 0.0; 0.5 is half"),
-        ({"norm": "L2"}, "norm must be one of Linf, L0, moves, got 'L2'"),
-        ({"ramp": 0.96}, r"ramp must be in \(0, 0.95\], got 0.96; the first 0.05"),
-        ({"box": 0.0}, r"box must be in \(0, 1\], got 0.0; SABR uses"),
-        ({"bounds": "crown"}, "bounds must be one of ibp, joint, got 'crown'"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        CertifiedOptions(**options)
-
-
-@pytest.mark.parametrize("options", [{"box": 0.5}, {"attacked": True}])
-def test_boxes_and_an_attacked_term_need_perturbed_images(options):
-    classifier = build_classifier(NetworkSpec(channels=(2, 2)))
-    asked = CertifiedOptions(**options)
-    objective = Objective(
-        classifier, kappa=0.5, rho=0.0, loss="certified", certified_eps=0.1, certified_options=asked
-    )
-    with pytest.raises(ValueError, match="needs perturbed images.*; give an attack"):
-        objective(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))
-
-
 def test_a_network_with_relu_has_no_figures_of_spikes_in_the_log():
     images = small_run.splits().validation
     classifier = build_classifier(
@@ -244,8 +200,6 @@ def test_adam_takes_its_own_step(tmp_path):
     )
     (group,) = load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"]
     assert group["betas"] == (0.9, 0.999)
-    with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
-        TrainingPlan(epochs=1, optimizer="lion")
 
 
 def test_a_step_leaves_nothing_behind(monkeypatch):
@@ -305,7 +259,3 @@ def test_the_epoch_is_chosen_by_the_method_of_the_plan(method, tmp_path, monkeyp
     monkeypatch.setattr(validation, "verify", noting)
     small_run.run(tmp_path, **CERTIFIED, verified_method=method, epochs=2)
     assert methods == [method, method]
-    with pytest.raises(ValueError, match="verified_method must be one of ibp, joint, got 'mip'"):
-        TrainingPlan(epochs=1, verified_method="mip")
-    with pytest.raises(ValueError, match="verified_norm must be one of Linf, L0, moves, got 'L2'"):
-        TrainingPlan(epochs=1, verified_norm="L2")

@@ -1,5 +1,4 @@
 import copy
-import io
 import re
 import signal
 from dataclasses import replace
@@ -8,21 +7,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from covering import mostly_slow
 from filelock import FileLock
-from rich.console import Console
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision.transforms import ToPILImage
-from training.small_run import splits
+from torch.utils.data import DataLoader
+from training.small_run import Items, splits
 
 import sj_robust
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import fgsm
-from sj_robust.core.console import working
 from sj_robust.models.checkpoint import save_checkpoint
-from sj_robust.training import Journal, TrainingInterrupted, finetune, finetuning, load_checkpoint
+from sj_robust.training import TrainingInterrupted, finetune, finetuning, load_checkpoint
 
 STRIPES = splits()
 QUICK = {"eps": 0.05, "T": 3, "epochs": 1, "batch_size": 16, "progress": False}
@@ -97,21 +92,17 @@ def test_a_network_of_ones_own_becomes_robust_in_place():
     assert right == report.under("clean", variant="after").correct
 
 
-FORMS = ["tensors", "data set", "loader", "classes as numbers", "arrays and names"]
-
-
-@pytest.mark.parametrize("kind", mostly_slow(FORMS, quick=["loader"]))
+@pytest.mark.parametrize("kind", ["tensors", "data set", "loader", "classes as numbers"])
 def test_images_may_come_in_every_usual_form(kind):
     x, y = STRIPES.train.tensors
-    numbers = [(image, int(label)) for image, label in zip(x, y, strict=True)]
+    numbers = [(image, np.int64(label)) for image, label in zip(x, y, strict=True)]
     given = {
         "tensors": (x, y),
         "data set": STRIPES.train,
         "loader": DataLoader(STRIPES.train, 4),
-        "classes as numbers": OfPairs(numbers),
-        "arrays and names": OfPairs([(x.numpy(), np.int64(y), "name") for x, y in numbers]),
+        "classes as numbers": Items(numbers),
     }
-    report = finetune(network(), given[kind], **QUICK)
+    report = finetune(linear(), given[kind], **QUICK)
     assert report.dataset == "images"
     held_out = len(x) // 10
     assert len(report.labels) == held_out
@@ -127,35 +118,18 @@ def test_images_may_come_in_every_usual_form(kind):
 
 def test_the_report_is_about_test_images_if_there_are_any():
     given = STRIPES.train
-    report = finetune(network(), given, test=STRIPES.test.tensors, **QUICK)
+    report = finetune(linear(), given, test=STRIPES.test.tensors, **QUICK)
     assert len(report.labels) == len(STRIPES.test)
     assert report.warnings == ()
 
 
-def test_figures_of_the_images_that_selected_the_epoch_are_warned_of(capsys):
-    report = finetune(network(), STRIPES.train, **QUICK | {"progress": True})
-    (warning,) = report.warnings
-    assert "of the held-out images, by which the epoch was selected" in warning
-    told = capsys.readouterr().out
-    assert told.count(f"WARNING: {warning}\n") == 1
-    assert re.search(r"evaluating after on \d+ held-out images", told)
-    assert finetune(network(), STRIPES, **QUICK).warnings == ()
+def test_figures_of_the_images_that_selected_the_epoch_are_warned_of():
+    (warning,) = finetune(linear(), STRIPES.train, **QUICK).warnings
+    assert "held-out" in warning
+    assert finetune(linear(), STRIPES, **QUICK).warnings == ()
 
 
-class OfPairs(torch.utils.data.Dataset):
-    """As torchvision gives images with numbers for classes."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        return self.pairs[index]
-
-
-class SomeShifted(OfPairs):
+class SomeShifted(Items):
     """Another noise in every pass on some of the images, from a generator that nobody seeds."""
 
     def __init__(self, pairs):
@@ -168,12 +142,9 @@ class SomeShifted(OfPairs):
         return ((x + noise).clamp(0, 1) if index % 10 == 9 else x), y
 
 
-MODES = ["none", "pgd_at", "gaussian", "rat", "trades"]
-
-
-@pytest.mark.parametrize("mode", mostly_slow(MODES, quick=["none"]))
+@pytest.mark.parametrize("mode", ["none", "pgd_at", "gaussian", "rat", "trades"])
 def test_every_mode_trains(mode):
-    net = network()
+    net = linear()
     before = weights(net)
     report = finetune(net, STRIPES, mode=mode, **QUICK)
     assert not same(before, weights(net))
@@ -194,7 +165,7 @@ def test_certified_training_proves_images():
 
 @pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monkeypatch):
-    whole = network()
+    whole = linear()
     options = QUICK | {"epochs": 3}
     report = finetune(whole, STRIPES, **options)
     calls = []
@@ -208,7 +179,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monke
     attack = finetuning.training_attack("at", eps=0.05)
     with monkeypatch.context() as patched:
         patched.setattr(finetuning, "training_attack", lambda *_, **__: interrupted)
-        net = network()
+        net = linear()
         with pytest.raises(TrainingInterrupted) as stopped:
             finetune(net, STRIPES, folder=tmp_path / "kept", **options)
     assert f"continues from {tmp_path / 'kept'}" in stopped.value.__notes__[0]
@@ -217,7 +188,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monke
     assert (again.table(), again.curves) == (report.table(), report.curves)
     assert load_checkpoint(tmp_path / "kept" / "best.pt")["epoch"] <= 3
     with pytest.raises(ValueError, match="other options"):
-        finetune(network(), STRIPES, folder=tmp_path / "kept", **options | {"rho": 0.5})
+        finetune(linear(), STRIPES, folder=tmp_path / "kept", **options | {"rho": 0.5})
 
 
 X, Y = STRIPES.train.tensors
@@ -305,7 +276,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
     before = weights(net)
     with (
         FileLock(tmp_path / ".lock"),
-        pytest.raises(BlockingIOError, match="another process trains in .* another folder"),
+        pytest.raises(BlockingIOError, match=tmp_path.name),
     ):
         finetune(net, folder=tmp_path, **KEPT)
     assert same(before, weights(net))
@@ -319,7 +290,7 @@ def test_images_that_are_drawn_anew_in_every_pass_are_told_by_their_labels(tmp_p
     options = KEPT | {"data": drawn, "folder": tmp_path}
     finetune(net, **options)
     finetune(linear(), **options)
-    shifted = SomeShifted([(x, (y + 1) % 3) for x, y in drawn.pairs])
+    shifted = SomeShifted([(x, (y + 1) % 3) for x, y in drawn.items])
     with pytest.raises(ValueError, match="images and labels: "):
         finetune(linear(), **options | {"data": shifted})
 
@@ -327,7 +298,7 @@ def test_images_that_are_drawn_anew_in_every_pass_are_told_by_their_labels(tmp_p
 def test_random_weights_that_nobody_seeded_are_taken_up_from_the_last_checkpoint(trained):
     folder, net = trained
     unseeded = linear(seed=7)
-    with pytest.raises(ValueError, match="seed what builds it, or load the weights of last.pt"):
+    with pytest.raises(ValueError, match="last.pt"):
         finetune(unseeded, folder=folder, **KEPT)
     last = load_checkpoint(folder / "last.pt")["model"]
     SpikingClassifier(unseeded, T=QUICK["T"]).load_state_dict(last)
@@ -338,23 +309,10 @@ def test_random_weights_that_nobody_seeded_are_taken_up_from_the_last_checkpoint
     assert "random" not in str(refused.value)
 
 
-def test_reading_the_images_of_a_folder_is_shown(tmp_path, monkeypatch):
-    shown = []
-
-    def recorded(text, console, total):
-        shown.append((text, total))
-        return working(text, console, total=total)
-
-    monkeypatch.setattr(finetuning, "working", recorded)
-    finetune(linear(), STRIPES, folder=tmp_path, **QUICK)
-    sizes = (len(STRIPES.train), len(STRIPES.validation))
-    assert shown == [("reading the images", size) for size in sizes]
-
-
 def test_a_folder_whose_fingerprint_is_gone_is_refused(tmp_path):
     finetune(linear(), folder=tmp_path, **KEPT)
     (tmp_path / "network_before.json").unlink()
-    with pytest.raises(ValueError, match="network_before.json is missing.*another folder"):
+    with pytest.raises(ValueError, match="network_before.json"):
         finetune(linear(), folder=tmp_path, **KEPT)
 
 
@@ -366,7 +324,7 @@ def test_a_folder_of_an_earlier_release_is_refused(tmp_path):
         del earlier[name]
     run = {name: value for name, value in content.items() if name not in ("format", "version")}
     save_checkpoint(tmp_path / "last.pt", run | {"description": {"finetune": earlier}})
-    with pytest.raises(ValueError, match="another folder; if the run is of a release without"):
+    with pytest.raises(ValueError, match="another folder"):
         finetune(linear(), folder=tmp_path, **KEPT)
 
 
@@ -393,85 +351,8 @@ def test_a_compiled_network_is_trained_without_its_compilation(how):
 
 
 def test_a_training_that_moves_no_weight_is_an_error():
-    with pytest.raises(ValueError, match="no weight changed in epoch 1.* raise lr, 1e-30"):
+    with pytest.raises(ValueError, match="lr"):
         finetune(linear(), STRIPES, **QUICK | {"lr": 1e-30})
-
-
-def pairs(image=lambda x: x, label=int, number=3):
-    """A data set with one odd item."""
-    items = [(x, int(y)) for x, y in zip(X, Y, strict=True)]
-    items[number] = image(items[number][0]), label(items[number][1])
-    return OfPairs(items)
-
-
-FEATURES = TensorDataset(torch.zeros(20, 6), torch.zeros(20, dtype=torch.int64))
-FRAMES = TensorDataset(torch.zeros(20, 3, 2, 4, 4), torch.zeros(20, dtype=torch.int64))
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"mode": "fgsm"}, "mode must be one of .*certified"),
-        ({"eps": -1}, "eps must be >= 0"),
-        ({"T": None}, "T must be"),
-        ({"data": [1, 2]}, "data must be a data set with a length, .* got list"),
-        ({"data": FRAMES}, "data must be images .* got event frames .* sj-robust train"),
-        (
-            {"data": FEATURES},
-            r"data must be images \[C, H, W\], got \[6\]; give features as images",
-        ),
-        ({"data": (2 * torch.ones(20, 1, 4, 4), torch.arange(20) % 3)}, r"\[0, 1\]"),
-        ({"data": (X, Y, Y)}, "data must be .* two tensors .* got tuple"),
-        ({"data": (X.numpy(), Y)}, "x must be a tensor of images, got ndarray"),
-        ({"data": (X, torch.eye(3)[Y])}, r"y must be int64, .* y.argmax\(1\) of one-hot"),
-        ({"data": OfPairs([{"image": X[0], "label": 0}] * 20)}, r"data\[0\] .* got a dict of 'i"),
-        ({"data": pairs(label=lambda y: torch.eye(3)[y])}, r"data\[3\] .*label.argmax\(\)"),
-        ({"data": pairs(label=str)}, r"class of data\[3\] must be an integer, got str"),
-        ({"data": pairs(ToPILImage())}, r"image of data\[3\] must be a tensor .* ToTensor"),
-        ({"data": pairs(lambda x: x[:, 1:])}, r"data\[3\] must be float32 \[1, 4, 4\] .* 3, 4\]"),
-        ({"data": pairs(lambda x: x.double())}, r"data\[3\] must be float32 .*, got float64"),
-        ({"test": (X[:, :, 1:], Y)}, r"test must hold images like those of data, .*; resize"),
-        ({"test": (X[:0], Y[:0])}, "test must contain at least one image, got none"),
-        ({"net": linear().half()}, r"float32 .* got torch.float16 in 1.weight.* torch.autocast"),
-        ({"net": linear().bfloat16()}, r"float32 .* got torch.bfloat16 in 1.weight"),
-        ({"net": nn.Flatten()}, "net must be a spiking network, got Flatten"),
-        ({"net": "net"}, "net must be"),
-        ({"validation_fraction": 0.0, "data": STRIPES.train}, "must leave images on both sides"),
-        ({"batch_size": 500}, "batch_size must be from 1 to"),
-        ({"epochs": 0}, "epochs must be"),
-        ({"rho": -1.0}, "rho must be"),
-        ({"rho": "1"}, "rho must be a number, got str"),
-        ({"rho": 5.0, "mode": "none"}, "rho has no effect in mode 'none', got 5.0; omit it"),
-        ({"lr": "0.1"}, "lr must be a number, got str"),
-        ({"validation_fraction": "a"}, "validation_fraction must be a number, got str"),
-        ({"net": network().requires_grad_(False)}, "must have a weight to train.*requires_grad_"),
-        ({"mean": [0.5, 0.5]}, "mean"),
-        ({"progress": "yes"}, "progress must be"),
-    ],
-)
-def test_wrong_use_is_told_before_anything_is_trained(options, reason):
-    usual = {"net": network(), "data": STRIPES} | QUICK
-    if isinstance(options.get("net"), nn.Flatten):
-        usual["T"] = None
-    given = usual | options
-    before = weights(usual["net"])
-    with pytest.raises((TypeError, ValueError), match=reason):
-        finetune(given.pop("net"), given.pop("data"), **given)
-    assert same(before, weights(usual["net"]))
-
-
-@pytest.mark.slow
-def test_progress_in_a_notebook_is_one_line(tmp_path, monkeypatch):
-    file = io.StringIO()
-    journal = Journal(tmp_path)
-    monkeypatch.setattr(journal, "console", Console(file=file, force_jupyter=True))
-    monkeypatch.setattr(finetuning, "Journal", lambda folder: journal)
-    finetune(network(), STRIPES, **QUICK | {"progress": True})
-    assert "\n" not in file.getvalue()
-    shown = [text.strip() for text in file.getvalue().split("\r")]
-    assert "evaluating after on 12 test images" in shown
-    assert shown[-2] == ""
-    assert any("epoch 1/1" in text for text in shown)
 
 
 @pytest.mark.slow
@@ -484,5 +365,5 @@ def test_a_threat_of_validation_is_that_of_training(monkeypatch):
         return {"fgsm": partial(fgsm, eps=eps), "pgd": partial(fgsm, eps=eps)}
 
     monkeypatch.setattr(finetuning, "validation_attacks", recorded)
-    finetune(network(), STRIPES, **QUICK | {"eps": "8/255"})
+    finetune(linear(), STRIPES, **QUICK | {"eps": "8/255"})
     assert asked == [8 / 255]

@@ -122,35 +122,6 @@ def test_the_table():
         assert (mode.select == "verified") == (name == "certified")
 
 
-@pytest.mark.parametrize(
-    ("mode", "options", "message"),
-    [
-        ("free", {}, "mode must be one of none, .* got 'free'"),
-        ("pgd_at", {"project": False}, "project=False belongs to modes at and rat"),
-        ("at", {"steps": 7}, "steps belongs to modes pgd_at and trades, got steps=7 for at"),
-        ("gaussian", {"steps": 1}, "steps belongs"),
-    ],
-)
-def test_wrong_use(mode, options, message):
-    with pytest.raises(ValueError, match=message):
-        training_attack(mode, eps=0.1, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"noise_std": 0.0}, "noise_std must be finite and > 0"),
-        ({"step_size": 0.0}, "step_size"),
-        ({"steps": 0}, "steps must be >= 1"),
-        ({"eps": 8}, "write 8 / 255"),
-    ],
-)
-def test_wrong_numbers(problem, options, message):
-    usual = {"eps": 0.1, "step_size": 0.1}
-    with pytest.raises(ValueError, match=message):
-        trades(*problem, **usual | options)
-
-
 @pytest.mark.parametrize("mode", ["at", "rat", "pgd_at"])
 @pytest.mark.parametrize(
     "threat",

@@ -133,21 +133,3 @@ def test_the_same_step_twice_gives_the_same_numbers_whatever_ran_between(problem
     classifier(x * 0.1)
     again = objective(x, y, x * 0.9)
     assert_close(tuple(again), tuple(first), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kappa": 1.5}, "kappa"),
-        ({"rho": -1.0}, "rho"),
-        ({"norm": "l3"}, "norm"),
-        ({"layers": ["nowhere"]}, "nowhere"),
-        ({"loss": "mart"}, "loss must be one of .*'mart'"),
-        ({"trades_weight": float("nan")}, "trades_weight"),
-        ({"indicator": "rate"}, "indicator must be one of .*'rate'"),
-        ({"penalties": [Count(1.0), Count(2.0)]}, "differ in name, got count, count"),
-    ],
-)
-def test_wrong_use(problem, options, message):
-    with pytest.raises(ValueError, match=message):
-        Objective(problem[0], **options)

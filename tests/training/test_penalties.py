@@ -280,11 +280,3 @@ def test_wrong_use(problem):
         objective(x, y)
     with pytest.raises(TypeError, match="abstract"):
         Empty(1.0)
-    with pytest.raises(ValueError, match="weight must be >= 0 and finite, got -1"):
-        GradientSparsity(-1.0)
-    with pytest.raises(ValueError, match="h must be > 0"):
-        GradientSparsity(1.0, h=0.0)
-    with pytest.raises(ValueError, match="weight"):
-        ThresholdGuarding(float("nan"))
-    with pytest.raises(ValueError, match="margin must be > 0"):
-        ThresholdGuarding(1.0, margin=0.0)

@@ -185,12 +185,6 @@ def projected(c):
     return c
 
 
-@pytest.mark.parametrize("beta", [-0.1, float("inf"), float("nan")])
-def test_a_wrong_beta(beta):
-    with pytest.raises(ValueError, match="beta must be >= 0 and finite"):
-        retract_(nn.Linear(2, 2), beta)
-
-
 @pytest.mark.parametrize("shape", [(0,), (2, 2)])
 def test_only_vectors_are_projected(shape):
     with pytest.raises(ValueError, match="must be a vector"):

@@ -22,7 +22,6 @@ from lab.benchmarking.layers import (
 )
 from lab.benchmarking.networks import (
     FUSED,
-    FUSED_ON_GPU,
     LIF_ON_GPU,
     NOTHING,
     PRECISIONS,
@@ -194,24 +193,22 @@ the preset ``digits_joint`` beside adversarial ones, ``joint_scaling`` proofs by
 T, both in processor time; ``verify`` is a proof of every image beside PGD on them.
 """
 
-_TRITON = partial(dlif, backend="triton")
 _GPU_LAYERS = {
     "DLIF cupy": Layer(partial(dlif, backend="cupy")),
-    "DLIF triton": Layer(_TRITON),
+    "DLIF triton": Layer(partial(dlif, backend="triton")),
     "DLIF eager": Layer(_EAGER),
     "textbook loop": Layer(textbook_loop),
     LIF_ON_GPU: Layer(lif_node_for_gpu),
     _LIF: Layer(lif_node),
 }
 _GPU_BATCH_NORM = {
-    "batch norm + DLIF, one pass": Layer(_TRITON, norm=True, one_pass=True),
     "batch norm, DLIF auto": Layer(partial(dlif, backend="auto"), norm=True),
     "batch norm, ReLU": Layer(relu, norm=True, check="nothing"),
     f"batch norm, {LIF_ON_GPU}": Layer(lif_node_for_gpu, norm=True),
     f"batch norm, {_LIF}": Layer(lif_node, norm=True),
     "batch norm, textbook loop": Layer(textbook_loop, norm=True),
 }
-_GPU_NEURONS = (FUSED_ON_GPU, "DLIF auto", "ReLU", LIF_ON_GPU, _LIF, "DLIF eager", "textbook loop")
+_GPU_NEURONS = ("DLIF auto", "ReLU", LIF_ON_GPU, _LIF, "DLIF eager", "textbook loop")
 _GPU_SHAPES = (
     (8, 64, 128, 32, 32),  # 67 M currents, 0.27 GB in float32
     (4, 64, 128, 8, 8),  # 2 M: the time to launch shows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lab.benchmarking.task import Shape, Task
 from sj_robust.core.host import functional, layer, neuron, surrogate
 from sj_robust.neuron import DLIFNode, fuse
-from sj_robust.ops.dlif import backends, cpp
+from sj_robust.ops.dlif import cpp, operator
 
 Run = Callable[[Tensor], Tensor]
 """Input currents [T, N, *] to spikes [T, N, *]."""
@@ -23,7 +23,7 @@ def require(backend: str) -> None:
     Raises:
         ImportError: With what is missing.
     """
-    reason = backends.unavailable_reason(backend)
+    reason = operator.unavailable_reason(backend)
     if reason is not None:
         raise ImportError(reason)
 

@@ -15,7 +15,6 @@ from lab.benchmarking.layers import (
     lif_node,
     lif_node_for_gpu,
     relu,
-    require,
     textbook_loop,
 )
 from lab.benchmarking.task import Shape, Task
@@ -31,7 +30,6 @@ FEATURES = VGG_FEATURES | {
 """Channels of the convolutions, and poolings, by the name of a network."""
 
 FUSED = "DLIF, one pass with batch norm"
-FUSED_ON_GPU = "DLIF auto, one pass with batch norm"
 NOTHING = "no neuron and no batch norm"
 LIF_ON_GPU = "SpikingJelly LIFNode, GPU"
 NEURONS: dict[str, Callable[..., nn.Module]] = {
@@ -42,7 +40,6 @@ NEURONS: dict[str, Callable[..., nn.Module]] = {
     "SpikingJelly LIFNode": lif_node,
     "textbook loop": textbook_loop,
     NOTHING: nn.Identity,
-    FUSED_ON_GPU: DLIFNode,
     "DLIF auto": DLIFNode,
     LIF_ON_GPU: lif_node_for_gpu,
 }
@@ -184,8 +181,6 @@ def _losses(task: TrainingTask) -> Tensor:
 
 def convolutional_network(architecture: str, neuron: str, shape: Shape) -> nn.Module:
     """A network for images of shape [T, N, C, H, W], with the same weights for every neuron."""
-    if neuron == FUSED_ON_GPU:
-        require("triton")  # without it batch norm and DLIF would run apart, with no warning
     torch.manual_seed(0)
     net = ConvChain(
         shape[2:],
@@ -196,6 +191,6 @@ def convolutional_network(architecture: str, neuron: str, shape: Shape) -> nn.Mo
         hidden=(4096, 4096) if architecture in VGG_FEATURES else (),
         batch_norm=neuron != NOTHING,
     )
-    if neuron not in (FUSED, FUSED_ON_GPU):
+    if neuron != FUSED:
         unfuse(net)
     return net

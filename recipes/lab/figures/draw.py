@@ -7,13 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
-from lab.figures.drawings import draw_curves, draw_gains, draw_ground_truth, draw_neuron
-from lab.figures.event_drawings import animate_events, draw_events
-from lab.figures.events import EventPictures
-from lab.figures.ground_truth import GroundTruth
+from lab.figures.drawings import draw_curves, draw_gains, draw_neuron
 from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
-from lab.figures.joint import JointBounds
-from lab.figures.joint_drawings import draw_joint
 from lab.figures.style import print_style, save
 from sj_robust.core.saved import SavedResult, saved_format
 from sj_robust.perturbation.intensity import IntensityCorrelation
@@ -22,20 +17,11 @@ _DRAWINGS: Mapping[type[SavedResult], Mapping[str, Callable[[Any], Figure]]] = {
     OneNeuron: {"": draw_neuron},
     InputGains: {"": draw_gains},
     TrainingCurves: {"": draw_curves},
-    GroundTruth: {"": draw_ground_truth},
-    JointBounds: {"": draw_joint},
-    EventPictures: {"": draw_events},
     IntensityCorrelation: {"": draw_intensity, "_heat_maps": draw_heat_maps},
 }
 """What draws the figures of each kind of numbers, by what they add to the name of the file with the
 numbers.
 """
-
-
-_ANIMATIONS: Mapping[type[SavedResult], Callable[[Any, Path], None]] = {
-    EventPictures: animate_events
-}
-"""What writes the animation of a kind of numbers, as GIF."""
 
 
 def load_figure(path: Path) -> SavedResult:
@@ -69,16 +55,9 @@ def draw(data: SavedResult) -> dict[str, Figure]:
 
 
 def redraw(path: Path) -> tuple[Path, ...]:
-    """Draw a file of numbers beside it, as PDF and PNG, and as GIF if it moves; raises as
-    :func:`load_figure`.
-    """
+    """Draw a file of numbers beside it, as PDF and PNG; raises as :func:`load_figure`."""
     data = load_figure(path)
     files: list[Path] = []
     for end, figure in draw(data).items():
         files += save(figure, path.parent, path.stem + end)
-    animate = _ANIMATIONS.get(type(data))
-    if animate is not None:
-        animation = path.with_suffix(".gif")
-        animate(data, animation)
-        files.append(animation)
     return tuple(files)

@@ -1,7 +1,6 @@
 """Drawings of one neuron, input gains and training curves."""
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
-from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth
 from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, legend, letter
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
@@ -106,48 +104,6 @@ def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
             markevery=(offset, 5),
             markersize=3,
         )
-
-
-def draw_ground_truth(data: GroundTruth) -> Figure:
-    """A panel per radius: what each attack leaves, from the strongest down, and the exact robust
-    accuracy as a line.
-    """
-    attacks = [_at_radius(data.attacks, truth.eps) for truth in data.truths]
-    rows = max(map(len, attacks))
-    figure = Figure(figsize=(DOUBLE, 0.8 + 0.11 * rows), layout="constrained")
-    panels = figure.subplots(1, len(data.truths), squeeze=False)
-    for axes, truth, found in zip(panels.flat, data.truths, attacks, strict=True):
-        _attacks_beside(axes, truth, found, data.images)
-    return figure
-
-
-def _at_radius(attacks: Iterable[AttackOnTruth], eps: float) -> list[AttackOnTruth]:
-    """The attacks at a radius, the strongest first."""
-    found = [attack for attack in attacks if attack.eps == eps]
-    return sorted(found, key=lambda attack: (attack.left, attack.suite, attack.attack))
-
-
-def _attacks_beside(
-    axes: Axes, truth: Truth, attacks: Sequence[AttackOnTruth], images: int
-) -> None:
-    """Bars of attacks, those of whole suites in their own colour, and what is known."""
-    places = range(len(attacks))
-    shares = [100 * attack.left / images for attack in attacks]
-    names = [f"{attack.suite}: {attack.attack}" for attack in attacks]
-    colours = []
-    for attack in attacks:
-        of_suite = attack.attack in ("worst case", "control", "everything")
-        colours.append(_ORANGE if of_suite else _BLUE)
-    axes.barh(places, shares, color=colours, height=0.7)
-    low = 100 * truth.verified / images
-    high = 100 * (images - truth.broken) / images
-    axes.axvspan(low, high, color=_BLACK, alpha=0.15, linewidth=0)
-    axes.axvline(high, color=_BLACK, linewidth=1.0)
-    axes.set_yticks(places, names, fontsize=5)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set_xlim(max(0.0, low - 10), min(100.0, max(shares) + 3))
-    axes.set_xlabel(f"accuracy at Linf {truth.eps:g}, %; line: exact")
 
 
 def draw_gains(data: InputGains) -> Figure:

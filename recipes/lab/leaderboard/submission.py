@@ -27,7 +27,7 @@ from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import saved_format, write_whole
 from sj_robust.data import load_images
 from sj_robust.evaluation import Report, diagnose, worst_case
-from sj_robust.evaluation.assess import DIAGNOSED
+from sj_robust.evaluation.assess import DIAGNOSED, Softened
 from sj_robust.evaluation.result import DIGITS, Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
@@ -384,10 +384,11 @@ class Rerun:
         """What the first attack makes of the images that are classified correctly here."""
         first = self.members[0]
         kept = _Kept(first.attack)
-        (row,) = self._run(numbers, [replace(first, attack=kept)]).attacks
+        model = self.network.model
+        (row,) = self._run(numbers, [replace(first, attack=kept)], model).attacks
         made = _digests(row)
         labels = self.y[numbers][list(row.seen)]
-        logits = scored(self.network.model, kept.images, labels, seed=self.report.seed)
+        logits = scored(model, kept.images, labels, seed=self.report.seed)
         leads = margin(logits, labels).tolist()
         found = zip(row.seen, leads, strict=True)
         return {numbers[place]: Met(made.get(place, ""), lead) for place, lead in found}
@@ -395,8 +396,10 @@ class Rerun:
     def broken(self, numbers: Sequence[int]) -> set[int]:
         """Those of the images that any attack breaks."""
         fell: set[int] = set()
-        for members, model in ((self.members, None), (self.plain, self.network.plain)):
-            found = self._run(numbers, members, model)
+        model = self.network.model
+        plain = Softened(self.network.plain or model)
+        for members, attacked in ((self.members, model), (self.plain, plain)):
+            found = self._run(numbers, members, attacked)
             places = found.standing("clean") - found.standing("everything")
             fell.update(numbers[place] for place in places)
         return fell
@@ -414,12 +417,10 @@ class Rerun:
             "here",
         )
 
-    def _run(
-        self, numbers: Sequence[int], members: Sequence[Member], model: nn.Module | None = None
-    ) -> Report:
-        """Members on images, each with the seed that it had; on the network unless told."""
+    def _run(self, numbers: Sequence[int], members: Sequence[Member], model: nn.Module) -> Report:
+        """Members on images, each with the seed that it had."""
         return worst_case(
-            self.network.model if model is None else model,
+            model,
             self.x[numbers],
             self.y[numbers],
             members,

@@ -13,11 +13,11 @@ from sj_robust.attacks.logits import differing, margin
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits, logits_of, taken_for_checked
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.estimators import estimator
 from sj_robust.evaluation.diagnosis._slopes import agreement
-from sj_robust.evaluation.run.identity import seeded_sources
+from sj_robust.evaluation.run.draws import changed_by_others
 
 __all__ = ["Gradients", "Probe"]
 
@@ -140,11 +140,10 @@ class Probe:
             if is_random:
                 continue
             with torch.no_grad():
-                turned = self._repeatable(self.model, x.flip(0)).flip(0)
-                pairs = [torch.cat((image, image)) for image in torch.split(x, 1)]
-                alone = [self._repeatable(self.model, pair)[:1] for pair in pairs]
-            found["in another order"] |= differing(usual, turned)
-            found["alone"] |= differing(usual, torch.cat(alone))
+                answer = partial(self._repeatable, self.model)
+                changed = changed_by_others(answer, x, usual, alone=len(x))
+            for place, images in changed.items():
+                found[place] |= images
         return found
 
     def _told(self, x: Tensor) -> Tensor:
@@ -309,7 +308,7 @@ class Probe:
 
     def _repeatable(self, model: Model, x: Tensor) -> Tensor:
         """Logits with the same random numbers in every call, in the mode for gradients as it is."""
-        with seeded_sources(model, self._seed("repeatable"), x.device):
+        with seeded_network(model, self._seed("repeatable"), x.device):
             return logits_of(model, x, self.y[: len(x)])
 
     def _generator(self) -> torch.Generator:

@@ -22,7 +22,7 @@ _STEPS = (1e-3, 1e-2, 1e-1)
 network that rounds its images itself.
 """
 _DRAWS = 2
-_BESIDE = 0.05
+_AWAY = 0.05
 """How far from the images and the spikes slopes are taken, where maxima are not tied."""
 
 
@@ -49,7 +49,7 @@ def agreement(
         with_images: Whether the images are moved.
     """
     held = _Held(len(x), seed)
-    inwards = torch.where(x < 0.5, x, x - _BESIDE)  # what is added there stays within [0, 1]
+    inwards = torch.where(x < 0.5, x, x - _AWAY)  # what is added there stays within [0, 1]
     with held.inside(model):
         with torch.no_grad():
             held.run(forward, inwards)
@@ -133,7 +133,7 @@ class _Held:
         self._calls[name] += 1
         if number == len(known):
             assert given is not None  # of the first forward
-            leaf = given.detach() + _BESIDE * self.uniform(given)
+            leaf = given.detach() + _AWAY * self.uniform(given)
             known.append(_Values(leaf.requires_grad_(), dim))
         found = known[number].tensor
         return found + self._moved[name][number] if name in self._moved else found

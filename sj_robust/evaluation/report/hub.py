@@ -1,6 +1,8 @@
 """A report as a model card of the Hugging Face Hub, and its upload (extra ``hub``)."""
 
 import shutil
+import socket
+import ssl
 import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -100,7 +102,6 @@ def push_to_hub(
     """
     _check_hub()
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     if network is not None and not isinstance(network, nn.Module | str | Path):
         raise TypeError(
@@ -120,9 +121,9 @@ def push_to_hub(
         hub = HfApi(endpoint=endpoint, token=token)
         try:
             address = hub.create_repo(repo_id, private=private, exist_ok=True)
-        except (HfHubHTTPError, ValueError):  # what the Hub answers, and a wrong name
-            raise
-        except Exception as error:  # its classes change with the client that huggingface_hub has
+        except Exception as error:  # its class changes with the client that huggingface_hub has
+            if not _is_of_connection(error):
+                raise
             raise ConnectionError(
                 f"{hub.endpoint} cannot be reached ({one_line(error)}); push again with a "
                 "connection, or give another endpoint: Report.save keeps the report until then"
@@ -158,6 +159,15 @@ def _metric(row: Exported, *, is_suite: bool) -> str:
     threat = f", {row.norm} {row.eps}" if row.eps else ""
     suite = f", suite {row.suite}" if row.kind == "everything" else ""
     return f"{name} accuracy, %{threat}{suite}"
+
+
+def _is_of_connection(error: BaseException | None) -> bool:
+    """Whether what a client raises comes from a connection that failed."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_hub() -> None:

@@ -16,7 +16,7 @@ from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.classifier import as_classifier
 from sj_robust.core.checks import check_count
 from sj_robust.core.environment import device_of
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import (

@@ -1,7 +1,7 @@
 """Images and labels of an evaluation, read, checked and hashed once."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +10,13 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_labels, check_samples, check_shift
+from sj_robust.core.digest import fingerprint
 from sj_robust.data import image_loader
-from sj_robust.evaluation.run.fingerprint import fingerprint
 
 __all__ = ["Batches", "Data", "check_data", "given_data"]
 
@@ -157,7 +157,8 @@ def given_data(
 
     Raises:
         TypeError: As :meth:`Data.of`.
-        ValueError: As :meth:`Data.of`; and if ``y`` is missing, or given beside labels.
+        ValueError: As :meth:`Data.of`; and if ``y`` is missing, or given beside labels, or images
+            of a data set differ in size.
     """
     if isinstance(x, Tensor):
         if y is None:
@@ -174,9 +175,31 @@ def given_data(
         raise ValueError(
             f"y must be None where x brings its own labels, got both with x a {type(x).__name__}"
         )
-    if isinstance(x, Dataset):
-        return Data.of(image_loader(x, batch_size))
-    return Data.of(x)
+    batches = image_loader(x, batch_size) if isinstance(x, Dataset) else x
+    try:
+        return Data.of(batches)
+    except RuntimeError:
+        if isinstance(batches, DataLoader):
+            _check_sizes(batches.dataset)
+        raise
+
+
+def _check_sizes(dataset: object) -> None:
+    """Raise ValueError where images differ in size, of which a loader makes no batch."""
+    if not isinstance(dataset, Dataset) or not isinstance(dataset, Sized):
+        return
+    first: list[int] | None = None
+    for index in range(len(dataset)):
+        image = dataset[index][0]
+        if not isinstance(image, Tensor):
+            return
+        shape = list(image.shape)
+        first = first or shape
+        if shape != first:
+            raise ValueError(
+                f"x must hold images of shape {first} as x[0], got {shape} in x[{index}]; resize "
+                "or crop all images to the same size"
+            )
 
 
 def _images_and_labels(batch: object) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """Number of forwards by which a network is judged: one if deterministic, otherwise several."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -7,16 +10,20 @@ from sj_robust.attacks.logits import differ, differing
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.broadcast import along, beside
 from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import draws_numbers, preserved
+from sj_robust.core.preserved import draws_numbers, preserved, seeded_network
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.identity import seeded_sources
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.progress import gathered, rank_and_world_size
 
-__all__ = ["DRAWS", "gradient_draws", "settled_draws"]
+__all__ = ["BESIDE", "DRAWS", "changed_by_others", "gradient_draws", "settled_draws"]
 
 DRAWS = 10
 """Forwards that a network which draws random numbers is judged in if nobody says how many."""
+
+BESIDE = 16
+"""Images of a forward that judges, or tells whether they depend on each other, if there are so
+many.
+"""
 
 _REMEDIES = {
     "state": "the network carries state from one forward into the next: on {images} its logits "
@@ -35,8 +42,6 @@ _REMEDIES = {
 }
 _FEW = 4
 """Images of the forward in which random numbers are looked for that logits do not show."""
-_BESIDE = 16
-"""Images of the forwards that tell whether they depend on each other."""
 _AWAY = (0.0, 0.03, 0.1, 0.3)
 """How far copies of one image are from it, which stand beside each other."""
 
@@ -83,7 +88,7 @@ def settled_draws(model: nn.Module, data: Data, draws: int | None, *, shared: bo
             if _draws(model, x[:_FEW]):
                 reason = "hidden numbers"
                 found[0] = reason, _REMEDIES[reason].format(images="the images")
-            elif _depends_on_others(model, x[:_BESIDE], y[:_BESIDE]):
+            elif _depends_on_others(model, x[:BESIDE], y[:BESIDE]):
                 found[0] = "rows", _REMEDIES["rows"]
     differing = (gathered(found) if shared else found).values()
     for reason, message in differing:
@@ -99,8 +104,9 @@ def gradient_draws(draws: int, threat: ThreatModel) -> int:
     a third of them, at least two. 梯度平均的前向次数。
 
     An attack of many steps that goes on after a first success averages over its steps as well, so
-    that more forwards in each step find little more (``docs/results/draws.py``). Attacks on events
-    stop at the first lead that is large enough, and average over all draws.
+    that more forwards in each step find little more
+    (``docs/results/defences/gradient_draws.csv``). Attacks on events stop at the first lead that is
+    large enough, and average over all draws.
 
     Examples:
         >>> threat = ThreatModel("Linf", 0.1)
@@ -112,6 +118,20 @@ def gradient_draws(draws: int, threat: ThreatModel) -> int:
     if draws == 1 or threat.of_events:
         return draws
     return max(2, draws // 3)
+
+
+def changed_by_others(
+    answer: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor, *, alone: int
+) -> dict[str, Tensor]:
+    """Which images have other logits than ``logits`` in another order of their batch, [N] bool, and
+    which of the first ``alone`` ones beside nothing but a copy. 结果依赖批次的图像。
+    """
+    pairs = [torch.cat((image, image)) for image in torch.split(x[:alone], 1)]
+    found = torch.cat([answer(pair)[:1] for pair in pairs])
+    return {
+        "in another order": differing(logits, answer(x.flip(0)).flip(0)),
+        "alone": differing(logits[: len(found)], found),
+    }
 
 
 def _reason(model: nn.Module, x: Tensor, y: Tensor) -> str:
@@ -155,28 +175,24 @@ def _depends_on_others(model: nn.Module, x: Tensor, y: Tensor) -> bool:
         apart = _logits(model, mixed, y, seed=0)
         if differ(apart[kept], together[kept]):
             return True
-    turned = _logits(model, x.flip(0), y.flip(0), seed=0).flip(0)
-    twice = [
-        _logits(model, _twice(x[n]), _twice(y[n]), seed=0)[:1] for n in range(min(_FEW, len(x)))
-    ]
-    for found in (turned, torch.cat(twice)):
-        if float(differing(logits[: len(found)], found).double().mean()) > 0.5:
+    answer = partial(_answer, model, y)
+    for moved in changed_by_others(answer, x, logits, alone=_FEW).values():
+        if float(moved.double().mean()) > 0.5:
             return True
     return False
 
 
-def _twice(value: Tensor) -> Tensor:
-    """A batch of one image, or label, and itself."""
-    return torch.stack((value, value))
+def _answer(model: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    return _logits(model, x, y[: len(x)], seed=0)
 
 
 def _draws(model: nn.Module, x: Tensor) -> bool:
     """Whether a forward draws random numbers, and goes on with others in the next one."""
-    with seeded_sources(model, 0, x.device), torch.no_grad():
+    with seeded_network(model, 0, x.device), torch.no_grad():
         model(x)
         return draws_numbers(model, x)
 
 
 def _logits(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-    with seeded_sources(model, seed, x.device):
+    with seeded_network(model, seed, x.device):
         return scored(model, x, y, seed=seed)

@@ -57,7 +57,7 @@ adaptive ones but PDSG, whose gradient of an image depends on the others in the 
 
 _FEW_DRAWS = 2
 """Forwards over which a gradient of a trial averages where the network draws random numbers; in
-``docs/results/draws.py``, one leaves at most 1.7 points more than ten.
+``docs/results/defences/gradient_draws.csv``, one leaves at most 1.7 points more than ten.
 """
 
 

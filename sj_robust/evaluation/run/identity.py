@@ -1,24 +1,19 @@
 """Checks that a network is the one with which an evaluation was started."""
 
 import json
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sj_robust.core.checks import check_logits
-from sj_robust.core.environment import device_of
-from sj_robust.core.preserved import preserved
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.digest import fingerprint, parts_of
+from sj_robust.core.environment import device_of, machine
+from sj_robust.core.preserved import preserved, seeded_network
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.fingerprint import fingerprint, parts_of
-from sj_robust.evaluation.run.plain import Plain
 from sj_robust.evaluation.run.progress import (
     another_evaluation,
     gathered,
@@ -26,7 +21,7 @@ from sj_robust.evaluation.run.progress import (
     read,
 )
 
-__all__ = ["Answers", "Identity", "check_copies", "identify", "network_key", "seeded_sources"]
+__all__ = ["Answers", "Identity", "identify", "network_key"]
 
 _PROBES = 4
 """Images of noise, and of the data, whose logits are compared."""
@@ -70,7 +65,7 @@ class Identity:
     machine.
 
     Attributes:
-        parts: Digests by name, see :func:`sj_robust.evaluation.fingerprint.parts_of`.
+        parts: Digests by name, see :func:`sj_robust.core.digest.parts_of`.
         made: Parts that the first forward creates or changes, such as what a module remembers.
         changing: Parts that other images change, such as counters.
         data: Digest of the images that the probe images come from.
@@ -169,11 +164,11 @@ def identify(model: nn.Module, data: Data) -> Identity:
     of_noise, of_images = slice(0, len(noise)), slice(len(noise), None)
     return Identity(
         parts=second,
-        made=tuple(_made(fresh, first)),
+        made=tuple(_changed(fresh, first)),
         changing=tuple(_changed(first, kept)),
         data=data.fingerprint,
         sizes=data.sizes,
-        machine=_machine(device),
+        machine=machine(device),
         noise=Answers(logits and logits[of_noise], gradients and gradients[of_noise]),
         images=Answers(logits and logits[of_images], gradients and gradients[of_images]),
     )
@@ -211,44 +206,6 @@ def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
     return key
 
 
-def check_copies(plain: Plain, data: Data) -> list[str]:
-    """Raise ValueError where a copy of a network tells another one what it was asked.
-
-    What the first forward creates, such as a table for a size of images, is allowed; and what hooks
-    keep, which may be a record of somebody's, is told in a remark.
-    """
-    images, _ = data.first(_PROBES).tensors(device_of(plain))
-    _logits(plain, _noise_like(images))
-    before = parts_of(plain.network, parameters=False)
-    _logits(plain, _noise_like(images, seed=1))
-    shared = _made(before, parts_of(plain.network, parameters=False))
-    hooks = [name for name in shared if name.endswith("_hooks")]
-    if len(hooks) < len(shared):
-        shared = [name for name in shared if name not in hooks]
-        raise ValueError(
-            f"what a network keeps of its images must lie in it, got {', '.join(shared[:3])}, "
-            "which its copies share; keep it as an attribute of a module that can be copied"
-        )
-    return [f"What {name} keep of images is shared by copies of the network." for name in hooks]
-
-
-@contextmanager
-def seeded_sources(model: object, seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from a seed: torch's, those of generators that modules keep, numpy's and
-    Python's; all of them are as before afterwards.
-    """
-    of_numpy = np.random.get_state()  # noqa: NPY002  the global one, which a network may draw from
-    of_python = random.getstate()
-    try:
-        np.random.seed(seed % 2**32)  # noqa: NPY002  as above
-        random.seed(seed)
-        with seeded_network(model, seed, device):
-            yield
-    finally:
-        np.random.set_state(of_numpy)  # noqa: NPY002  as above
-        random.setstate(of_python)
-
-
 def _kept(folder: Path | None, identity: Identity) -> tuple[str, str]:
     """The fingerprint used by the progress in the folder, and the differences from it."""
     if folder is None:
@@ -281,12 +238,6 @@ def _changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-def _made(fresh: Mapping[str, str], first: Mapping[str, str]) -> list[str]:
-    """What the first forward made, without what stands in modules that it imported."""
-    changed = _changed(fresh, first)
-    return [name for name in changed if name in fresh or not name.startswith("module ")]
-
-
 def _repeated(one: Tensor | None, other: Tensor | None) -> _Rows:
     """The rows of what came out twice alike; None where it did not."""
     if one is None or other is None or not torch.equal(one, other):
@@ -315,7 +266,7 @@ def _noise_like(images: Tensor, seed: int = 0) -> Tensor:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with preserved(model), torch.no_grad(), seeded_sources(model, 0, images.device):
+    with preserved(model), torch.no_grad(), seeded_network(model, 0, images.device):
         return _checked(model, images)
 
 
@@ -325,7 +276,7 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
         preserved(model),
         torch.inference_mode(False),
         torch.enable_grad(),
-        seeded_sources(model, 0, images.device),
+        seeded_network(model, 0, images.device),
     ):
         leaf = images.detach().clone().requires_grad_()
         logits = _checked(model, leaf)
@@ -342,11 +293,3 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
 def _checked(model: nn.Module, images: Tensor) -> Tensor:
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     return check_logits(model(images), labels)
-
-
-def _machine(device: torch.device) -> str:
-    """The properties of the machine that rounding depends on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
-    return f"{device.type} {kind}, {torch.get_num_threads()} threads"

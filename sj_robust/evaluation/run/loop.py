@@ -18,13 +18,13 @@ from sj_robust._version import __version__
 from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_labels, check_samples
+from sj_robust.core.digest import description, fingerprint
 from sj_robust.core.environment import device_of, version_of
-from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.result import DIGITS, Kind, Row
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.fingerprint import description, fingerprint
-from sj_robust.evaluation.run.identity import seeded_sources
+from sj_robust.evaluation.run.draws import BESIDE
 from sj_robust.evaluation.run.member import Member, clock, crafted
 from sj_robust.evaluation.run.progress import (
     BatchLog,
@@ -48,8 +48,6 @@ _RULES = "4"
 continued. Under rules 1, every attack was judged with other random numbers; under rules 2, images
 of some unusual networks were proved falsely; under rules 3, the attacked network judged itself.
 """
-_BESIDE = 16
-"""Images at least, of the forward that judges, where the batch has as many."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Job:
 
         A network that draws gets the whole batch, the other images as they are, so that every image
         meets the numbers that it met before; any other one gets as few of them as makes
-        ``_BESIDE``.
+        ``BESIDE``.
         """
         if len(rows) == 0:
             return torch.zeros_like(rows, dtype=torch.bool)
@@ -151,7 +149,7 @@ class Job:
             return self._judged(whole, self.y, self._judging)[rows]
         others = torch.ones_like(self.y, dtype=torch.bool)
         others[rows] = False
-        more = others.nonzero()[:, 0][: max(0, _BESIDE - len(rows))]
+        more = others.nonzero()[:, 0][: max(0, BESIDE - len(rows))]
         among = torch.cat((rows, more))
         judged = self._judged(whole[among], self.y[among], self._judging.rows(among))
         return judged[: len(rows)]
@@ -530,7 +528,7 @@ def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str,
     """
 
     def with_equal_draws(images: Tensor) -> Tensor:
-        with seeded_sources(model, 0, x.device):
+        with seeded_network(model, 0, x.device):
             logits: Tensor = model(images)
         return logits
 

@@ -20,8 +20,7 @@ from sj_robust.core.checks import (
     check_switch,
     taken_for_checked,
 )
-from sj_robust.core.preserved import evaluation_mode
-from sj_robust.core.random_numbers import seeded_network
+from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.randomness import SampleSeeds, check_seeds
 
 __all__ = [

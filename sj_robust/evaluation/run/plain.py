@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -147,13 +148,18 @@ class _Recording:
 
     def step(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a function of steps returns, with the gradient of the identity."""
-        found = self.run(function, *args, **kwargs)
+        changed = function in _STEPS_IN_PLACE and isinstance(args[0], _Recorded)
+        found = self.run(_STEPS_IN_PLACE[function] if changed else function, *args, **kwargs)
         moved = [one for one in tree_leaves((args, kwargs)) if isinstance(one, _Recorded)]
         with _enabled():
             graph = moved[0].content()
             if graph.shape != found.shape:  # limits that depend on the images
                 return found
-            return self.wrapped(graph + (found.content() - graph).detach())
+            jump = (found.content() - graph).detach()
+            if changed:
+                graph.add_(jump)
+                return moved[0]
+            return self.wrapped(graph + jump)
 
 
 class _Recorded(Tensor):
@@ -195,9 +201,17 @@ def _getter(name: str) -> Any:
 
 _CUTS = (torch.detach, Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _getter("data"))
 """Functions that only change the graph, or look behind it."""
+_NAMES = ("round", "floor", "ceil", "trunc", "fix", "sign", "clamp", "clip", "floor_divide")
+_STEPS_IN_PLACE: dict[Any, Any] = {
+    getattr(place, f"{name}_"): getattr(place, name)
+    for place, name in product((torch, Tensor), _NAMES)
+    if hasattr(place, f"{name}_")
+}
+"""Those that change their first argument, and what gives the same without."""
 _STEPS = (
-    *(torch.round, torch.floor, torch.ceil, torch.trunc, torch.clamp, torch.clip),
-    *(Tensor.round, Tensor.floor, Tensor.ceil, Tensor.trunc, Tensor.clamp, Tensor.clip),
+    *(getattr(place, name) for place, name in product((torch, Tensor), _NAMES)),
+    *_STEPS_IN_PLACE,
+    Tensor.__floordiv__,
 )
 """Functions that take the gradient of the identity, where their own is zero."""
 _TELLS = (

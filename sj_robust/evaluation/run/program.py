@@ -14,10 +14,11 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, sums_of_products
-from sj_robust.proofs.branching import Prover
-from sj_robust.proofs.exact import Matrices, witness
-from sj_robust.proofs.logits import bounded_logits, bounded_neurons
-from sj_robust.proofs.relaxation import Maps
+from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
+from sj_robust.proofs.joint import OverTime
+from sj_robust.proofs.maps import Maps
+from sj_robust.proofs.mip import Programs
+from sj_robust.proofs.points import Points
 from sj_robust.proofs.soundness import UnprovableError
 
 __all__ = ["program"]
@@ -34,7 +35,7 @@ def program(
     y: Tensor,
     *,
     eps: float,
-    nodes: int = 200,
+    nodes: int = 300,
     generator: Randomness = None,
 ) -> Tensor:
     """Ask the mixed-integer program for an image in every Linf ball that a small network
@@ -92,12 +93,11 @@ class _Asked:
         if device_of(model) != x.device or _spikes(model, modules, x[:1]) > _SPIKES:
             raise NotImplementedError
         maps = Maps(partial(bounded_logits, model), neurons, x[0])
-        self.prover = Prover(model, maps, eps)
-        self.matrices = Matrices(maps)
+        self.programs = Programs(OverTime(maps, model.T), Points(model, neurons, eps))
 
     def witness(self, image: Tensor, label: Tensor, nodes: int) -> Tensor | None:
         """An image of the ball of one image [1, ...] that the network gets wrong."""
-        found = witness(self.prover, self.matrices, image, label, nodes)
+        found = self.programs.witness(image, label, nodes)
         if found is None:
             return None
         inside = self.ball.project(image, found.to(image.dtype))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.autoattack import autoattack
+from sj_robust.attacks.bridges import Version, autoattack
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
@@ -153,12 +153,12 @@ def make_suite(
     | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), |
     | | APGD-CE training (100 x 1), APGD-T c1, c2 (3 classes x 100), |
     | | spike_search from their images (36,000 forwards), |
-    | | in Linf and for small networks a mixed-integer program (200 nodes per rival) |
+    | | in Linf and for small networks a mixed-integer program (300 nodes per rival) |
     | ``gradient`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
     | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
     | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
     | ``long`` | SA-PGD c1, mixed (1,000 x 1), with c1 among shares of ASSG |
-    | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), |
+    | ``autoattack`` | pyautoattack's standard: APGD-CE (100), APGD-T and FAB-T (9 x 100), |
     | | Square (5000 queries) |
     | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), |
     | | flip_events c1 (x 3), training, c2, c3 (x 1), c1 towards 3 classes (x 1), |
@@ -571,7 +571,7 @@ def _paper(plan: _Plan) -> Suite:
 
 def _autoattack(plan: _Plan) -> Suite:
     threat = plan.threat
-    version = "standard" if plan.eot_samples == 1 else "rand"
+    version: Version = "standard" if plan.eot_samples == 1 else "rand"
     member = plan.member(
         "autoattack", partial(autoattack, eps=threat.eps, norm=threat.ball, version=version)
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif.layer import (
+from sj_robust.ops.bn_dlif.config import (
     Layer,
     NormTensors,
     StageGradients,
@@ -12,13 +12,12 @@ from sj_robust.ops.bn_dlif.layer import (
 )
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.dlif.config import is_repeated, state_dtype
-from sj_robust.ops.dlif.cpp import unsupported_reason
 
-__all__ = ["backward", "finish", "forward", "moments", "unsupported_reason"]
+__all__ = ["backward", "finish", "forward", "moments"]
 
 
 def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
-    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    """Mean, variance, scale and offset of the batch norm per channel, [4, C] in float64."""
     weight, bias, running_mean, running_var = norm
     if running_mean is None or running_var is None:
         mean, variance = _statistics(layer)
@@ -31,7 +30,7 @@ def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
 
 
 def forward(layer: Layer, outputs: StageOutputs) -> None:
-    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    """Compute the outputs, in place."""
     cpp.run(
         "dlif_forward" if layer.moments is None else "bn_dlif_forward",
         layer.inputs,
@@ -50,7 +49,7 @@ def backward(
     found: StageGradients,
     slopes: Tensor | None = None,
 ) -> None:
-    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    """Compute the gradients ``found`` from those of the outputs, in place."""
     of_slopes = {}
     if layer.moments is not None:
         if slopes is None:
@@ -78,7 +77,11 @@ def backward(
 def finish(
     sums: Tensor, moments: Tensor, eps: float, count: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """See :class:`sj_robust.ops.bn_dlif.layer.Kernels`."""
+    """Gradients of weight and bias, [2, C], from the channel sums; and the slopes [2, C] by which
+    the statistics of a batch of ``count`` values per channel change the gradient of ``x``.
+
+    ``count`` and the slopes are None for running statistics.
+    """
     inverse_std = (moments[1] + eps).rsqrt()
     grad_norm = torch.stack((sums[1] * inverse_std, sums[0]))
     if count is None:

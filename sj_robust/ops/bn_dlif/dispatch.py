@@ -1,26 +1,39 @@
-"""Entry point of batch norm, DLIF and pooling, which chooses the implementation."""
+"""Entry point of batch norm, DLIF and pooling, in one pass or apart.
 
+Around a neuron with a replaced forward, batch norm and 2x2 average pooling run apart by the
+functions below: on a CPU torch's own take several times as long for the gradient. Batch norm in
+evaluation mode also sums those of weight and bias, whether they are needed or not, and average
+pooling goes through memory value by value.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif import one_pass, operator, reference
-from sj_robust.ops.bn_dlif.layer import StageOutputs
-from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.dlif.backends import failing_reason
-from sj_robust.ops.dlif.config import (
-    DLIFConfig,
-    Inputs,
-    check_arguments,
-    state_dtype,
+from sj_robust.ops.bn_dlif import operator, reference
+from sj_robust.ops.bn_dlif.config import BatchNorm, StageOutputs, memory_format, repeated_step
+from sj_robust.ops.dlif import cpp
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, state_dtype
+from sj_robust.ops.dlif.operator import check_backend, dlif_multi_step, unavailable_reason
+from sj_robust.ops.registration import (
+    differentiates_by_functorch,
+    have_memory,
+    in_onnx_export,
 )
-from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
-from sj_robust.ops.registration import in_onnx_export
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
     "batch_norm_dlif_multi_step",
+    "can_pool",
     "check_call",
-    "fused_kernels",
     "in_one_pass",
+    "normalise",
+    "pool",
+    "runs_in_one_pass",
+    "unsupported_reason",
 ]
 
 
@@ -63,9 +76,9 @@ def batch_norm_dlif_multi_step(
         store_v_seq: Whether the potential after every reset is returned too.
         store_current: Whether the neurons' currents, which are those behind the batch norm, are
             returned as well.
-        backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"``
-            takes the one that :func:`fused_kernels` names. Any other name of ``BACKENDS`` runs
-            torch's batch norm, DLIF with that backend and torch's pooling.
+        backend: ``"cpp"`` runs all in one pass by the compiled kernel, and so does ``"auto"``
+            where it can. Any other name of ``BACKENDS`` runs torch's batch norm, DLIF with that
+            backend and torch's pooling.
 
     Returns:
         Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and
@@ -93,16 +106,12 @@ def batch_norm_dlif_multi_step(
         raise ValueError(
             f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}"
         )
-    if backend in one_pass.KERNELS:
-        kernels: str | None = check_backend(backend)
-        reason = one_pass.unsupported_reason(backend, x_seq, norm, surrogate, average_pool)
+    if backend == "cpp":
+        check_backend(backend)
+        reason = unsupported_reason(x_seq, norm, surrogate, average_pool)
         if reason is not None:
-            raise ValueError(
-                f"backend={backend!r} cannot run this call: {reason}; use backend='auto'"
-            )
-    else:
-        kernels = fused_kernels(x_seq, norm, surrogate, average_pool, backend)
-    if kernels is not None:
+            raise ValueError(f"backend='cpp' cannot run this call: {reason}; use backend='auto'")
+    if backend == "cpp" or runs_in_one_pass(x_seq, norm, surrogate, average_pool, backend):
         outputs = in_one_pass(
             x_seq,
             norm,
@@ -112,7 +121,6 @@ def batch_norm_dlif_multi_step(
             average_pool=average_pool,
             store_v_seq=store_v_seq,
             store_current=store_current,
-            kernels=kernels,
         )
         found = outputs.spike_seq, outputs.v, outputs.v_seq
         return found if outputs.current is None else (*found, outputs.current)
@@ -133,17 +141,14 @@ def batch_norm_dlif_multi_step(
     return (spike_seq, v, v_seq, currents) if store_current else (spike_seq, v, v_seq)
 
 
-_ON = {"cpu": "cpp", "cuda": "triton"}  # what ``"auto"`` runs in one pass
-
-
-def fused_kernels(
+def runs_in_one_pass(
     x_seq: Tensor,
     norm: BatchNorm | None,
     surrogate: Surrogate,
     average_pool: bool = False,
     backend: str = "auto",
-) -> str | None:
-    """The backend that runs this call in one pass, None for none.
+) -> bool:
+    """Whether the compiled kernel runs this call in one pass.
 
     Args:
         x_seq: Input, [T, N, C, *].
@@ -156,16 +161,45 @@ def fused_kernels(
         >>> import torch
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
         >>> custom = Surrogate("custom", function=torch.sigmoid)
-        >>> fused_kernels(torch.zeros(2, 3, 4), norm, custom) is None
-        True
+        >>> runs_in_one_pass(torch.zeros(2, 3, 4), norm, custom)
+        False
     """
-    name = _ON.get(x_seq.device.type) if backend == "auto" else backend
-    if name is None or name not in one_pass.KERNELS:
+    if backend not in ("auto", "cpp") or in_onnx_export() or unavailable_reason("cpp") is not None:
+        return False
+    return unsupported_reason(x_seq, norm, surrogate, average_pool) is None
+
+
+def unsupported_reason(
+    x_seq: Tensor,
+    norm: BatchNorm | None,
+    surrogate: Surrogate,
+    average_pool: bool = False,
+) -> str | None:
+    """Why this call cannot run in one pass, or None."""
+    if x_seq.numel() == 0:
+        return "x_seq is empty"
+    reason = cpp.unsupported_reason(x_seq, surrogate)
+    if reason is not None:
+        return reason
+    if differentiates_by_functorch():
+        return "torch.func.grad and its like differentiate plain torch alone"
+    if memory_format(x_seq) is None:
+        return "one pass needs time steps that are contiguous or channels last, without gaps"
+    if average_pool and (x_seq.ndim != 5 or min(x_seq.shape[3:]) < 2):
+        return (
+            "pooling needs x_seq [T, N, C, H, W] with planes of 2x2 or more, got "
+            f"{tuple(x_seq.shape)}"
+        )
+    if norm is None:
         return None
-    if in_onnx_export() or failing_reason(name) is not None:
-        return None
-    reason = one_pass.unsupported_reason(name, x_seq, norm, surrogate, average_pool)
-    return name if reason is None else None
+    dtypes = x_seq.dtype, state_dtype(x_seq)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if tensor is not None and (tensor.dtype not in dtypes or tensor.device != x_seq.device):
+            return (
+                f"the batch norm is {tensor.dtype} on {tensor.device}, x_seq {x_seq.dtype} on "
+                f"{x_seq.device}"
+            )
+    return None
 
 
 def in_one_pass(
@@ -178,9 +212,8 @@ def in_one_pass(
     average_pool: bool,
     store_v_seq: bool,
     store_current: bool,
-    kernels: str,
 ) -> StageOutputs:
-    """What the backend of :func:`fused_kernels` makes of a call that was checked."""
+    """What the compiled kernel makes of a call that was checked."""
     dtype = state_dtype(x_seq)
     v_init = None if v_init is None else v_init.to(dtype)
     return operator.multi_step(
@@ -189,7 +222,6 @@ def in_one_pass(
         average_pool=average_pool,
         store_v_seq=store_v_seq,
         store_current=store_current,
-        backend=kernels,
     )
 
 
@@ -217,3 +249,75 @@ def check_call(
             "batch statistics need more than one value per channel, got shape "
             f"{tuple(x_seq.shape)}; use running statistics (eval mode) or a larger batch"
         )
+
+
+def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
+    """``reference.normalise`` within rounding; with running statistics one factor and one offset
+    per channel.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.use_batch_statistics or not _is_for(x_seq):
+        return reference.normalise(x_seq, norm)
+    assert mean is not None  # BatchNorm has checked it
+    assert variance is not None
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    offset = -mean * scale
+    if norm.bias is not None:
+        offset = offset + norm.bias
+    shape = -1, *[1] * (x_seq.ndim - 3)
+    step = repeated_step(x_seq)
+    x = x_seq if step is None else step
+    current = (x * scale.view(shape)).add_(offset.view(shape))
+    if step is None:
+        return current
+    return current.repeat(len(x_seq), *[1] * (x_seq.ndim - 1))
+
+
+def can_pool(spike_seq: Any) -> bool:
+    """Whether :func:`pool` is for this call; any other is torch's, with its messages."""
+    if not isinstance(spike_seq, Tensor) or spike_seq.ndim != 5 or not _is_for(spike_seq):
+        return False
+    return min(spike_seq.shape[3:]) > 1 and spike_seq.is_contiguous()
+
+
+def pool(spike_seq: Tensor) -> Tensor:
+    """Average over 2x2 neurons of [T, N, C, H, W]; the values of ``reference.pool`` for spikes."""
+    pooled: Tensor = _Pool.apply(spike_seq)  # type: ignore[no-untyped-call]  # torch's apply
+    return pooled
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spike_seq: Tensor) -> Tensor:
+        ctx.shape = spike_seq.shape
+        quarters = _quarters(spike_seq)
+        total = next(quarters) + next(quarters)
+        for quarter in quarters:
+            total += quarter
+        return total.mul_(0.25)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        height, width = ctx.shape[-2:]
+        room = grad.new_zeros if height % 2 or width % 2 else grad.new_empty
+        grad_spike_seq, share = room(ctx.shape), grad * 0.25
+        for quarter in _quarters(grad_spike_seq):
+            quarter.copy_(share)
+        return grad_spike_seq
+
+
+def _is_for(seq: Tensor) -> bool:
+    dtypes = torch.float32, torch.float64
+    return have_memory((seq,)) and seq.device.type == "cpu" and seq.dtype in dtypes
+
+
+def _quarters(seq: Tensor) -> Iterator[Tensor]:
+    """Upper left, upper right, lower left and lower right of every 2x2; a last odd row or column is
+    left out.
+    """
+    height = seq.shape[-2] // 2 * 2
+    width = seq.shape[-1] // 2 * 2
+    for row, column in product((0, 1), (0, 1)):
+        yield seq[..., row:height:2, column:width:2]

@@ -1,6 +1,8 @@
 """The operator ``torch.ops.sj_robust.bn_dlif`` and its backward pass.
 
-Only the input and a few numbers per channel are saved for backward.
+Forward reads the input twice in training (statistics, then the pass itself) and once otherwise;
+neither the normalised tensor nor, with pooling, the spikes ever exist. Only the input and a few
+numbers per channel are saved for backward.
 """
 
 import functools
@@ -10,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif import one_pass
-from sj_robust.ops.bn_dlif.layer import (
+from sj_robust.ops.bn_dlif import cpp
+from sj_robust.ops.bn_dlif.config import (
+    BatchNorm,
+    Layer,
     NormTensors,
     StageConfig,
+    StageGradients,
     StageOutputGradients,
     StageOutputs,
     dense,
     memory_format,
+    repeated_step,
 )
-from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.bn_dlif.repeated import repeated_step
 from sj_robust.ops.dlif import operator as dlif
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, is_repeated
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, is_repeated, state_dtype
 from sj_robust.ops.registration import define, present, saved_tensors
 
 __all__ = ["multi_step"]
@@ -35,7 +39,6 @@ def multi_step(
     average_pool: bool,
     store_v_seq: bool,
     store_current: bool,
-    backend: str,
 ) -> StageOutputs:
     """Spikes or their means, last potential and, if asked for, all potentials and the neurons'
     currents.
@@ -44,13 +47,12 @@ def multi_step(
     """
     x_seq, v_init = inputs.x_seq, inputs.v_init
     layout = memory_format(x_seq)
-    assert layout is not None  # see one_pass.unsupported_reason
+    assert layout is not None  # see dispatch.unsupported_reason
     stage = StageConfig(
         statistics=_statistics(norm),
         eps=0.0 if norm is None else norm.eps,
         average_pool=average_pool,
         channels_last=layout == torch.channels_last,
-        backend=backend,
     )
     of_norm = NormTensors(None, None, None, None)
     if norm is not None:
@@ -176,12 +178,14 @@ def _forward(
     store_current: bool,
     **constants: Any,
 ) -> tuple[Tensor | None, ...]:
-    stage, config = _configs(**constants)
-    inputs = _inputs(x_seq, input_gain, v_init, stage, config)
-    outputs, moments = one_pass.forward(
-        inputs, NormTensors(*norm), stage, store_v_seq=store_v_seq, store_current=store_current
+    stage, layer = _layer(x_seq, input_gain, v_init, constants)
+    if stage.statistics is not None:
+        layer = layer._replace(moments=cpp.moments(layer, NormTensors(*norm), stage.eps))
+    outputs = stage.room_for_outputs(
+        x_seq, len(input_gain), store_v_seq=store_v_seq, store_current=store_current
     )
-    return *outputs, moments
+    cpp.forward(layer, outputs)
+    return *outputs, layer.moments
 
 
 def _forward_fake(
@@ -216,8 +220,8 @@ def _backward(
     needs_v_init: bool,
     **constants: Any,
 ) -> tuple[Tensor | None, ...]:
-    stage, config = _configs(**constants)
-    inputs = _inputs(x_seq, input_gain, v_init, stage, config)
+    stage, layer = _layer(x_seq, input_gain, v_init, constants)
+    layer = layer._replace(moments=moments)
     layout, T = stage.layout, len(input_gain)
     if grad_spike_seq is None:
         grad_spike_seq = stage.steps(x_seq, T, x_seq.dtype, pooled=stage.average_pool).zero_()
@@ -227,10 +231,40 @@ def _backward(
         v_seq=None if grad_v_seq is None else dense(grad_v_seq, layout),
         current=None if grad_current is None else dense(grad_current, layout),
     )
-    found, grad_norm = one_pass.backward(
-        inputs, moments, stage, grads, needs_x=needs_x, needs_v_init=needs_v_init
+    found = stage.room_for_gradients(x_seq, T, needs_x=needs_x, needs_v_init=needs_v_init)
+    if moments is None:
+        cpp.backward(layer, grads, found)
+        return found.x, found.input_gain, found.v_init, None
+    # the gradient of one step that stands for all is the sum over time, in the dtype of potentials
+    is_once = len(x_seq) < T
+    total = stage.steps(x_seq, 1, state_dtype(x_seq)) if is_once and needs_x else None
+    # mean and variance of a batch depend on x, so its gradient needs the sums first
+    of_batch = stage.statistics == "batch"
+    sums = moments.new_empty(2, layer.planes.channels)
+    first = found._replace(
+        x=None if of_batch or is_once else found.x, x_total=total, channel_sums=sums
     )
-    return found.x, found.input_gain, found.v_init, grad_norm
+    cpp.backward(layer, grads, first)
+    count = layer.inputs.x_seq.numel() // layer.planes.channels if of_batch else None
+    grad_norm, slopes = cpp.finish(sums, moments, stage.eps, count)
+    grad_x = found.x
+    if total is not None:
+        if slopes is not None:
+            _add_slopes(total, x_seq, T, moments, slopes)
+        grad_x = total.to(x_seq.dtype)
+    elif slopes is not None and grad_x is not None:
+        cpp.backward(layer, grads, StageGradients(x=grad_x), slopes)
+    return grad_x, found.input_gain, found.v_init, grad_norm
+
+
+def _add_slopes(total: Tensor, x: Tensor, T: int, moments: Tensor, slopes: Tensor) -> None:
+    """Add the share of mean and variance, which is the same at every step."""
+    mean = moments[0].to(total.dtype)
+    slope, constant = slopes.to(total.dtype)
+    shape = -1, *[1] * (x.ndim - 3)
+    slope_of_all = (T * slope).view(shape)
+    constant_of_all = (T * (constant - slope * mean)).view(shape)
+    total.addcmul_(x, slope_of_all).add_(constant_of_all)
 
 
 def _backward_fake(
@@ -257,42 +291,35 @@ def _backward_fake(
 
 @functools.lru_cache
 def _configs(
-    statistics: str | None,
-    eps: float,
-    average_pool: bool,
-    channels_last: bool,
-    backend: str,
-    **neuron: Any,
+    statistics: str | None, eps: float, average_pool: bool, channels_last: bool, **neuron: Any
 ) -> tuple[StageConfig, DLIFConfig]:
-    stage = StageConfig(statistics, eps, average_pool, channels_last, backend)
-    return stage, DLIFConfig.of(**neuron)
+    return StageConfig(statistics, eps, average_pool, channels_last), DLIFConfig.of(**neuron)
 
 
-def _inputs(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    stage: StageConfig,
-    config: DLIFConfig,
-) -> Inputs:
-    """What kernels take, as it must lie in memory, which a graph need not keep."""
-    layout = stage.layout
+def _layer(
+    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, constants: dict[str, Any]
+) -> tuple[StageConfig, Layer]:
+    """What kernels take, as it must lie in memory, which a graph need not keep; one step that
+    stands for all of them is repeated without a copy.
+    """
+    stage, config = _configs(**constants)
+    layout, T = stage.layout, len(input_gain)
     if not (is_repeated(x_seq) and x_seq[0].is_contiguous(memory_format=layout)):
         x_seq = dense(x_seq, layout)
+    planes = stage.planes(x_seq)
+    if len(x_seq) != T:
+        x_seq = x_seq.expand(T, *x_seq.shape[1:])
     v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
-    return Inputs(x_seq, input_gain.contiguous(), v_init, config)
+    return stage, Layer(Inputs(x_seq, input_gain.contiguous(), v_init, config), planes)
 
 
-_CALL = (
-    f"{dlif.CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last, str "
-    "backend"
-)
+_CALL = f"{dlif.CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last"
 _bn_dlif = define(
     "bn_dlif(Tensor x_seq, Tensor input_gain, Tensor? v_init, Tensor? weight, Tensor? bias, "
     f"Tensor? running_mean, Tensor? running_var, *, {_CALL}, bool store_v_seq, bool "
     "store_current) -> (Tensor spike_seq, Tensor v, Tensor v_seq, Tensor current, Tensor moments)",
     kernel=_forward,
-    in_graph=dlif.checked(_forward),
+    in_graph=dlif.checked(_forward, backend="cpp"),
     fake=_forward_fake,
     gradient=_BatchNormDLIF,
 )
@@ -302,6 +329,6 @@ _bn_dlif_backward = define(
     f"{_CALL}, bool needs_x, bool needs_v_init) -> (Tensor grad_x, Tensor grad_input_gain, Tensor "
     "grad_v_init, Tensor grad_norm)",
     kernel=_backward,
-    in_graph=dlif.checked(_backward),
+    in_graph=dlif.checked(_backward, backend="cpp"),
     fake=_backward_fake,
 )

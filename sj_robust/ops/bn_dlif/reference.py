@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif.config import BatchNorm
 from sj_robust.ops.dlif import reference
 from sj_robust.ops.dlif.config import Inputs
 

@@ -86,12 +86,12 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def forward(inputs: Inputs, outputs: Outputs) -> None:
-    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     run("dlif_forward", inputs, s=outputs.spike_seq, v=outputs.v, v_seq=outputs.v_seq)
 
 
 def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
-    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     run(
         "dlif_backward",
         inputs,

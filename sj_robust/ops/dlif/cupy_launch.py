@@ -71,7 +71,7 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
 
 @dataclass(frozen=True)
 class Launcher:
-    """An implementation of DLIF (see ``backends.Implementation``) with a chosen block size.
+    """An implementation of DLIF (see ``operator.Implementation``) with a chosen block size.
 
     Args:
         threads_per_block: A multiple of 32 from 32 to 1024. It decides how the gradient of

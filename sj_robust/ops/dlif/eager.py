@@ -35,7 +35,7 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
 
 
 def forward(inputs: Inputs, outputs: Outputs) -> None:
-    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     x_seq = inputs.x_seq
     dtype = outputs.v.dtype
     flat = _flat(inputs)
@@ -60,7 +60,7 @@ def forward(inputs: Inputs, outputs: Outputs) -> None:
 
 
 def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
-    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     x_seq = inputs.x_seq
     input_gain = inputs.input_gain
     config = inputs.config

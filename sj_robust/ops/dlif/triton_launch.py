@@ -135,7 +135,7 @@ def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
 
 
 def forward(inputs: Inputs, outputs: Outputs) -> None:
-    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     M = outputs.v.numel()
     plan = forward_plan(inputs.x_seq.dtype, len(inputs.x_seq), inputs.config)
     if M > 0:
@@ -153,7 +153,7 @@ def forward(inputs: Inputs, outputs: Outputs) -> None:
 
 
 def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
-    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     x_seq = inputs.x_seq
     T, M = len(x_seq), x_seq[0].numel()
     plan = backward_plan(x_seq.dtype, T, inputs.config)
@@ -272,4 +272,4 @@ def _is_interpreted() -> bool:
     return not isinstance(_kernels().dlif_forward, importlib.import_module("triton").JITFunction)
 
 
-_is_interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py
+_is_interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see operator.py

@@ -12,7 +12,7 @@ import pytest
 from ops.cuda import fake_cupy, shim
 from ops.triton import cases
 
-from sj_robust.ops.dlif import backends, cpp, cupy_launch
+from sj_robust.ops.dlif import cpp, cupy_launch, operator
 
 ROUND_TRIP = """
 extern "C" __global__ void round_trip(const float* from, BFloat16* bits, float* back, int n) {
@@ -28,7 +28,7 @@ def run_table(patch: pytest.MonkeyPatch) -> None:
     """Every call of the table and the special ones, against the reference."""
     for name in ("unavailable_reason", "unsupported_reason"):
         patch.setattr(cupy_launch, name, lambda *call: None)
-    cases.run_all(cases.cases(), cases.check, cases.SPECIAL, [], [backends, cupy_launch], "cupy")
+    cases.run_all(cases.cases(), cases.check, cases.SPECIAL, [], [operator, cupy_launch], "cupy")
 
 
 def lines() -> list[str]:

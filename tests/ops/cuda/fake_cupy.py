@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from ops.cuda import shim
 
-from sj_robust.ops.dlif import cupy_launch, dispatch
+from sj_robust.ops.dlif import cupy_launch, operator
 
 
 class FakeCuPy(ModuleType):
@@ -89,7 +89,7 @@ def install(fake, patch):
     patch.setitem(sys.modules, "cupy", fake)
     patch.setattr(torch.cuda, "current_stream", lambda device: stream)
     patch.setattr(cupy_launch, "_TEXTS_TRIED", {})
-    patch.setattr(dispatch, "choose_backend", lambda backend, *call: backend)
+    patch.setattr(operator, "choose_backend", lambda backend, *call: backend)
     for cached in (cupy_launch._compiled, cupy_launch._contexts, cupy_launch._cupy_reason):
         cached.cache_clear()
     return fake

@@ -10,7 +10,7 @@ from ops.cuda import shim
 from ops.cuda.fake_cupy import FakeCuPy, install
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.dlif import backends, cupy_launch
+from sj_robust.ops.dlif import cupy_launch, operator
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 needs_compiler = pytest.mark.skipif(
@@ -32,7 +32,7 @@ def layer(T=2, M=8, dtype=torch.float32):
 
 def backward(launcher, inputs):
     grads = OutputGradients(torch.ones_like(inputs.x_seq))
-    return backends.backward(launcher, inputs, grads, needs_v_init=False)
+    return operator.backward(launcher, inputs, grads, needs_v_init=False)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_variant_of_a_call(monkeypatch, T, M, dtype, forward, of_backward):
     launched = []
     monkeypatch.setattr(cupy_launch, "_launch", lambda variant, *_, **__: launched.append(variant))
     inputs = layer(T, M, dtype)
-    backends.forward(cupy_launch, inputs, store_v_seq=False)
+    operator.forward(cupy_launch, inputs, store_v_seq=False)
     backward(cupy_launch, inputs)
     found = [(v.steps, v.is_long, v.vec) for v in launched]
     assert found == [forward, of_backward]
@@ -231,7 +231,7 @@ def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
 
     monkeypatch.setattr("ops.cuda.fake_cupy.Kernel.compile", fail)
     with pytest.raises(RuntimeError, match=r"(?s)libnvrtc\.so\.12.*cupy-cuda\d+x\[ctk\]"):
-        backends.forward(cupy_launch, layer(), store_v_seq=False)
+        operator.forward(cupy_launch, layer(), store_v_seq=False)
 
 
 def test_unsupported_tensors():

@@ -20,8 +20,8 @@ from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import dlif_multi_step
-from sj_robust.ops.dlif import backends, triton_launch
-from sj_robust.ops.dlif.dispatch import choose_backend
+from sj_robust.ops.dlif import operator, triton_launch
+from sj_robust.ops.dlif.operator import choose_backend
 
 F32 = torch.float32
 F16 = torch.float16
@@ -234,7 +234,7 @@ def main(more: int) -> None:
     """Run them all; AssertionError with what differs."""
     draw = random.Random(2)
     chosen = cases() + [at_random(draw) for _ in range(more)]
-    run_all(chosen, check, SPECIAL, [in_a_network], [backends, triton_launch], "triton")
+    run_all(chosen, check, SPECIAL, [in_a_network], [operator, triton_launch], "triton")
 
 
 if __name__ == "__main__":

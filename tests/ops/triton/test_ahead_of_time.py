@@ -1,6 +1,4 @@
-"""The Triton kernels compile for real GPUs: into registers, with whole vectors, rounded after every
-operation.
-"""
+"""The Triton kernels compile for real GPUs: rounded after every operation, with 64-bit offsets."""
 
 import re
 from types import SimpleNamespace
@@ -10,173 +8,51 @@ import torch
 from ops.triton import ahead
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.bn_dlif.layer import (
-    Layer,
-    NormTensors,
-    StageGradients,
-    StageOutputGradients,
-    StageOutputs,
-)
-from sj_robust.ops.dlif import backends, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
+from sj_robust.ops.dlif import operator, triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.kernels,
     pytest.mark.skipif(ahead.missing() is not None, reason=str(ahead.missing())),
 ]
-FORWARD = "dlif_forward"
-BACKWARD = "dlif_backward"
 F32 = torch.float32
 F16 = torch.float16
 BF16 = torch.bfloat16
-
-
-def config(v_reset=0.0, kind="triangle", detach=False):
-    return DLIFConfig(0.9, 1.0, v_reset, Surrogate(kind), detach)
-
-
-BN_BACKWARD = "bn_dlif_backward"
-EVALUATION = (*ahead.ABSENT[BN_BACKWARD], *ahead.BACKWARD["evaluation"])
-ODD = Planes(3, 7, 7, True, True)
-POOLED = Planes(64, 8, 8, True, True)
-# architecture, kernel, dtype, steps, constants, tensors that are left out, planes, registers
-IN_REGISTERS = [
-    (80, FORWARD, F16, 8, config(None), (), None, 64),
-    (100, FORWARD, F16, 100, config(-0.25), ("v_init",), None, 64),
-    (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), ahead.ABSENT[BACKWARD], None, 168),
-    (90, BACKWARD, F32, 4, config(-0.25, "soft_sign", True), ("checkpoints",), None, 168),
-    (100, BACKWARD, F32, 21, config(None, "erf"), (), None, 168),
-    (80, BACKWARD, BF16, 100, config(0.0, "triangle", True), ("grad_v_init",), None, 168),
-    (80, BN_BACKWARD, F16, 4, config(None, "atan"), EVALUATION, POOLED, 168),
-    (100, BN_BACKWARD, BF16, 100, config(-0.25, "sigmoid"), ("grad_x_total",), ODD, 255),
+ROUNDED = {F16: r"cvt\.rn\.f16x?2?\.f32", BF16: r"cvt\.rn\.bf16x?2?\.f32"}
+# architecture, kernel, dtype, steps, reset, surrogate, tensors that are left out
+KERNELS = [
+    (80, "dlif_forward", F16, 8, None, "triangle", ()),
+    (100, "dlif_forward", F32, 100, -0.25, "triangle", ("v_init",)),
+    (80, "dlif_backward", BF16, 16, -0.25, "sigmoid", ahead.ABSENT["dlif_backward"]),
+    (90, "dlif_backward", F32, 4, 0.0, "soft_sign", ("checkpoints",)),
+    (100, "dlif_backward", F16, 21, None, "erf", ()),
 ]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kernel", "dtype", "steps", "constants", "absent", "planes", "registers"),
-    IN_REGISTERS,
+    ("architecture", "kernel", "dtype", "steps", "v_reset", "kind", "absent"), KERNELS
 )
-def test_stays_in_registers(
-    architecture, kernel, dtype, steps, constants, absent, planes, registers
-):
-    """At most 168 of 65536, so that an SM holds 12 warps."""
-    options = {"architecture": architecture, "absent": absent, "config": constants}
-    if planes is None:
-        code = ahead.triton_code(kernel, dtype, steps, **options)
-    else:
-        aligned = planes.channels % 16 == 0
-        code = ahead.stage_code(kernel, dtype, steps, planes, aligned=aligned, **options)
-    assert code.stack == 0, "registers are spilled"
-    assert code.registers <= registers
-
-
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_memory_is_moved_in_whole_vectors(dtype):
-    """Per step of x one load on the way forward and one on the way back, of the gradients one load
-    and one store.
+def test_what_is_compiled(architecture, kernel, dtype, steps, v_reset, kind, absent):
+    """Nothing is contracted, halves are rounded to nearest, and offsets have 64 bits, since all
+    steps of a layer may hold more than 2**31 elements, which no test here has the memory for.
     """
-    for steps in (1, 4, 8):
-        forward = ahead.triton_code(FORWARD, dtype, steps, absent=ahead.ABSENT[FORWARD])
-        potentials = (
-            1 if dtype == F32 else 2
-        )  # stores of the last potential: twice as wide as 16-bit spikes
-        assert forward.loads == {128: steps, 32: steps}, "x, and the gain"
-        assert forward.stores == {128: steps + potentials}
-        backward = ahead.triton_code(BACKWARD, dtype, steps, absent=ahead.ABSENT[BACKWARD])
-        assert backward.loads[128] == 3 * steps - (steps == 1), "the one step of x is still there"
-        assert backward.stores == {128: steps, 32: steps}, "gradient of x, and a sum for the gain"
-        assert backward.barriers == 0
-
-
-def test_nothing_is_contracted_and_halves_are_rounded_to_nearest():
-    for dtype, rounding in (
-        (F32, None),
-        (F16, r"cvt\.rn\.f16x?2?\.f32"),
-        (BF16, r"cvt\.rn\.bf16x?2?\.f32"),
-    ):
-        for kernel in (FORWARD, BACKWARD):
-            ptx = ahead.triton_code(kernel, dtype, 4, absent=ahead.ABSENT[kernel]).ptx
-            assert "fma.rn.f32" not in ptx
-            assert ".f64" not in ptx
-            if rounding and kernel == BACKWARD:  # a spike is one of two constants
-                assert re.search(rounding, ptx)
+    config = DLIFConfig(0.9, 1.0, v_reset, Surrogate(kind), False)
+    asm = ahead.compiled(kernel, dtype, steps, config, architecture=architecture, absent=absent)
+    assert "fma.rn.f32" not in asm["ptx"]
+    if kernel == "dlif_backward" and dtype in ROUNDED:  # a spike is one of two constants
+        assert re.search(ROUNDED[dtype], asm["ptx"])
+    if steps <= triton_launch.LONGEST_SEQUENCE_IN_REGISTERS:  # else segments are counted too
+        assert set(re.findall(r"arith\.muli .* : (\w+) ", asm["ttir"])) == {"i64"}
 
 
 def test_a_barrier_stands_between_noting_potentials_and_reading_them():
-    ptx = ahead.triton_code(BACKWARD, F32, 21, absent=ahead.ABSENT[BACKWARD][:-1]).ptx
+    absent = ahead.ABSENT["dlif_backward"][:-1]
+    ptx = ahead.compiled("dlif_backward", F32, 21, ahead.CONFIG, absent=absent)["ptx"]
     before, barrier, after = ptx.partition("bar.sync")
     assert before.count("st.global") == 2  # the potential before each of two later segments
     assert barrier
     assert "bar.sync" not in after
-
-
-def test_addresses_of_the_way_forward_are_not_kept_for_the_way_back():
-    """Else there are more than 130 registers."""
-    assert ahead.triton_code(BACKWARD, F32, 16, absent=ahead.ABSENT[BACKWARD]).registers <= 112
-
-
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
-def test_offsets_are_computed_in_64_bits(kernel):
-    """All steps of a layer may hold more than 2**31 elements, which no test here has the memory
-    for.
-    """
-    code = ahead.triton_code(kernel, F32, 8, absent=ahead.ABSENT[kernel])
-    assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}
-
-
-def test_one_pass_moves_memory_in_whole_vectors():
-    """Per step one load of x in two halves of a window, or x, its gradient's store and that of the
-    spikes.
-    """
-    planes = ahead.PLANES._replace(pool=True)
-    forward = ahead.stage_code(
-        "bn_dlif_forward", F32, 4, planes, absent=ahead.ABSENT["bn_dlif_forward"]
-    )
-    assert forward.loads == {128: 2 * 4, 64: 2, 32: 4}, "x, scale and offset, the gain"
-    assert forward.stores == {64: 4, 128: 2}, (
-        "half as many means in a row as neurons, and the last potential"
-    )
-    assert forward.barriers == 0
-    sums, gradient = (
-        ahead.stage_code(
-            "bn_dlif_backward",
-            F32,
-            4,
-            absent=(*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]),
-        )
-        for stage in ("sums", "gradient of x")
-    )
-    assert (sums.loads[128], sums.stores) == (3 * 4, {32: 4 + 2}), (
-        "for the gain, and two sums of the channel"
-    )
-    assert (gradient.loads[128], gradient.stores) == (3 * 4, {128: 4})
-    for code in (forward, sums, gradient):
-        assert "fma.rn.f32" not in code.ptx
-        for size in (
-            "x_row",
-            "x_row_again",
-            "neurons",
-            "window_row",
-        ):  # times a step they may pass 2**31
-            for line in code.ir.split("\n"):
-                if re.match(rf"\s*%\w+ = .*%{size}\b", line):
-                    assert "arith.extsi" in line
-    statistics = ahead.stage_code(
-        "bn_statistics", F16, 1, ahead.PLANES._replace(channels_last=True)
-    )
-    assert statistics.loads == {128: 2}, "the numbers to count from, and x"
-
-
-def test_one_pass_has_a_barrier_too():
-    absent = tuple(
-        {*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD["gradient of x"]} - {"checkpoints"}
-    )
-    ptx = ahead.stage_code("bn_dlif_backward", F32, 1, absent=absent, LATER=2, SEGMENT=1).ptx
-    before, _, after = ptx.partition("bar.sync")
-    assert "st.global" in before
-    assert after
 
 
 class Warmed:
@@ -222,9 +98,11 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch,
     for steps, neurons, v_reset in ((3, 1, 0.0), (3, 50, None), (2, 1 << 12, -0.25)):
         x = torch.zeros(steps, neurons)
         v = torch.zeros(neurons) if v_reset is None else None
-        inputs = Inputs(x, torch.ones(steps), v, config(v_reset, "atan"))
-        backends.forward(triton_launch, inputs, v_reset is None)
-        backends.backward(triton_launch, inputs, OutputGradients(x, v), v_reset is None)
+        inputs = Inputs(
+            x, torch.ones(steps), v, DLIFConfig(0.9, 1.0, v_reset, Surrogate("atan"), False)
+        )
+        operator.forward(triton_launch, inputs, v_reset is None)
+        operator.backward(triton_launch, inputs, OutputGradients(x, v), v_reset is None)
     for kernel in vars(warmed).values():
         found = ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled]
         assert found == [
@@ -232,26 +110,3 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch,
             False,
             True,
         ]
-
-
-def test_what_the_launcher_of_one_pass_passes_compiles_too(monkeypatch, h100):
-    real = stage_launch._kernels()
-    names = ("bn_statistics", "bn_moments", "bn_dlif_forward", "bn_dlif_backward", "bn_finish")
-    warmed = SimpleNamespace(**{name: Warmed(getattr(real, name)) for name in names})
-    monkeypatch.setattr(stage_launch, "_kernels", lambda: warmed)
-    x = torch.zeros(2, 3, 16, 4, 4, dtype=BF16)
-    c = torch.ones(16)
-    gain = torch.ones(2)
-    layer = Layer(Inputs(x, gain, None, config()), Planes(16, 4, 4, False, True))
-    moments = stage_launch.moments(layer, NormTensors(c, c, None, None), 1e-5)
-    layer = layer._replace(moments=moments)
-    spikes = x[..., :2, :2].contiguous()
-    v = torch.zeros(3, 16, 4, 4)
-    sums = moments.new_empty(2, 16)
-    stage_launch.forward(layer, StageOutputs(spikes, v, None, None))
-    found = StageGradients(x, None, sums, gain)
-    stage_launch.backward(layer, StageOutputGradients(spikes, None, None, None), found, sums)
-    stage_launch.finish(sums, moments, 1e-5, 96)
-    for name, kernel in vars(warmed).items():
-        (compiled,) = kernel.compiled
-        assert "ld.global.v" in compiled.asm["ptx"] or name in ("bn_moments", "bn_finish")

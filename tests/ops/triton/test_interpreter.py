@@ -17,10 +17,9 @@ import pytest
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed (pip install triton)",
 )
-@pytest.mark.parametrize("module", ["cases", "stage_cases"])
-def test_equals_the_reference(module):
+def test_equals_the_reference():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"ops.triton.{module}"]
+    command = [sys.executable, "-m", "ops.triton.cases"]
     result = subprocess.run(
         command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
     )

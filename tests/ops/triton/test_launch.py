@@ -11,13 +11,9 @@ import torch
 from sj_robust import doctor
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, available_backends
-from sj_robust.ops.bn_dlif import one_pass
-from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.bn_dlif.dispatch import fused_kernels
-from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.dlif import backends, cupy_launch, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
-from sj_robust.ops.dlif.dispatch import check_backend, choose_backend
+from sj_robust.ops.dlif import cupy_launch, operator, triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
+from sj_robust.ops.dlif.operator import check_backend, choose_backend
 
 CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
 F32 = torch.float32
@@ -104,7 +100,7 @@ def kernels(gpu):
                 lambda found=found: found if isinstance(found, str) else None,
             )
             gpu.setattr(module, "forward", spikes_as(found))
-        backends._failure.cache_clear()
+        operator._failure.cache_clear()
         return choose_backend("auto", X, surrogate)
 
     return chosen
@@ -166,61 +162,13 @@ def test_segments_cover_the_sequence_and_threads_move_at_most_16_bytes(steps, dt
         assert plan.programs(3 * plan.BLOCK + 1) == 4
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 8, 8), (64, 7, 5), (200, 32, 32)])
-@pytest.mark.parametrize(("pool", "last"), [(False, False), (True, False), (True, True)])
-def test_tiles_of_one_pass_cover_every_window(shape, pool, last):
-    C, height, width = shape
-    planes = Planes(C, height, width, last, pool and height > 1)
-    for kernel in ("bn_dlif_forward", "bn_dlif_backward", "bn_statistics"):
-        layout, constants = stage_launch.cut(kernel, BF16, 16 if C > 3 else 40, CONFIG, planes)
-        assert constants["BLOCK"] == layout.BLOCK
-        sizes = (layout.UNIT, layout.BLOCK, layout.CHANNELS)
-        assert [size.bit_count() for size in sizes] == [1, 1, 1], "powers of two"
-        windows = 5 * ((height + 1) // 2) * ((width + 1) // 2) * (1 if layout.LAST else 2)
-        positions = windows if layout.POOL else 5 * height * width
-        assert 0 <= layout.blocks(5, planes) * layout.BLOCK - positions < layout.BLOCK
-        assert (width if layout.POOL else height * width) % layout.UNIT == 0
-
-
-def test_what_one_pass_does_not_take():
-    norm = BatchNorm(None, None, torch.zeros(3), torch.ones(3), False)
-    huge = torch.empty(1, 1, 3, 1 << 15, 1 << 15, dtype=torch.bfloat16, device="meta")
-    assert (
-        stage_launch.unsupported_reason(huge, Surrogate())
-        == "x_seq must be on a CUDA device, got meta"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_launch, "unsupported_reason", lambda x_seq, surrogate: None)
-        assert "less than 2**30 numbers" in stage_launch.unsupported_reason(huge, Surrogate())
-        assert stage_launch.unsupported_reason(huge[..., :8], Surrogate()) is None
-    on_cpu = torch.zeros(2, 2, 3, 4, 4)
-    assert fused_kernels(on_cpu, norm, Surrogate(), backend="triton") is None
-    assert fused_kernels(on_cpu, norm, Surrogate(), backend="eager") is None
-
-
-def test_a_gpu_takes_one_pass_by_triton_if_it_works(kernels, monkeypatch):
-    monkeypatch.setattr(one_pass, "unsupported_reason", lambda *call: None)
-    for cupy, triton, wanted in (
-        (RIGHT, RIGHT, "triton"),
-        ("none", RIGHT, "triton"),
-        (RIGHT, WRONG, None),
-    ):
-        kernels(cupy, triton)
-        assert (
-            fused_kernels(X, None, Surrogate())
-            == fused_kernels(X, None, Surrogate(), backend="triton")
-            == wanted
-        )
-        assert fused_kernels(X, None, Surrogate(), backend="cupy") is None
-
-
 @pytest.mark.parametrize("launcher", [triton_launch, cupy_launch])
 def test_no_neurons_no_launch(launcher, import_that_raises):
     import_that_raises(launcher, AssertionError("a kernel is asked for"))
     inputs = Inputs(torch.zeros(3, 0), torch.ones(3), None, CONFIG)
-    spikes, v, v_seq = backends.forward(launcher, inputs, True)
+    spikes, v, v_seq = operator.forward(launcher, inputs, True)
     assert (spikes.shape, v.shape, v_seq.shape) == ((3, 0), (0,), (3, 0))
-    grads = backends.backward(launcher, inputs, OutputGradients(inputs.x_seq), True)
+    grads = operator.backward(launcher, inputs, OutputGradients(inputs.x_seq), True)
     found = [tuple(grad.shape) for grad in grads]
     assert found == [(3, 0), (3,), (0,)]
     assert torch.equal(grads[1], torch.zeros(3))
@@ -266,7 +214,7 @@ def test_a_variant_that_spills_gets_more_registers_from_its_next_launch_on(monke
 
 
 def test_a_neuron_of_a_named_backend_is_built_without_touching_a_gpu(gpu):
-    gpu.setattr(backends, "_failure", lambda name: pytest.fail("a GPU was touched"))
+    gpu.setattr(operator, "_failure", lambda name: pytest.fail("a GPU was touched"))
     for module in (cupy_launch, triton_launch):
         gpu.setattr(module, "unavailable_reason", lambda: None)
     found = [DLIFNode(4, backend=name).backend for name in ("cupy", "triton")]

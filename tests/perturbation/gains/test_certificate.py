@@ -23,7 +23,7 @@ from sj_robust.perturbation.gains import (
     peak_gain,
     perturbation_gains,
 )
-from sj_robust.perturbation.gains.certificate import Bound, LayerCertificate
+from sj_robust.perturbation.gains.certificate import Bound
 from sj_robust.perturbation.gains.operator import INPUT
 from sj_robust.proofs import no_flip_radius
 
@@ -422,25 +422,6 @@ def test_layers_that_a_container_calls_step_by_step():
         assert entry.measured_l2 == pytest.approx(other.measured_l2, rel=1e-4)
 
 
-X = images()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"x": X[:0]}, "must hold a sample"),
-        ({"x_perturbed": X / 0.0}, "must be finite"),
-        ({"x_perturbed": X[:1]}, "must have the same shape"),
-        ({"T": None}, "T must be given for a bare network"),
-        ({"net": SpikingClassifier(small(2), 2)}, "T must be the classifier's 2 or None, got 3"),
-    ],
-)
-def test_wrong_use(options, message):
-    usual = {"net": small(2), "x": X, "T": 3}
-    with pytest.raises(ValueError, match=message):
-        perturbation_gains(**usual | options)
-
-
 @pytest.fixture
 def measured():
     x = images()
@@ -460,27 +441,6 @@ def test_saved_and_loaded_is_equal(measured, tmp_path):
         Certificate.from_json(json.dumps(content))
     with pytest.raises(ValueError, match="not a stability certificate"):
         Certificate.from_json("{}")
-
-
-@pytest.mark.slow
-def test_plot_is_written_to_files(measured, tmp_path):
-    for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
-        measured.plot(tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(start)
-
-
-def test_nothing_to_plot(measured):
-    layers = (LayerCertificate("x", "IFNode", not_covered="why"),)
-    nothing = replace(measured, layers=layers)
-    with pytest.raises(ValueError, match="no layer of the certificate is covered"):
-        nothing.plot()
-
-
-def test_plot_of_bounds_alone():
-    bounds = perturbation_gains(small(2), torch.rand(1, 2, 6, 6), 2)
-    left, right = bounds.plot().axes
-    assert len(left.lines) == 3, "without what was measured"
-    assert len(right.lines) == 2
 
 
 PANELS = (

@@ -154,36 +154,3 @@ def test_gains_of_a_dlif_neuron_follow_what_it_learned():
     assert neuron_gains(silent, 3).l2 == 0
     alternating = neuron_gains(Charging(0.9, input_gain=torch.tensor([-2.0, 2.0, -2.0])), 3)
     assert alternating.l2_limit == pytest.approx(2 * l2_gain_limit(0.9).item())
-
-
-def l2_of_3_steps(decay):
-    return l2_gain(decay, 3)
-
-
-def peak_of_3_steps(decay):
-    return peak_gain(decay, 3)
-
-
-@pytest.mark.parametrize("gain", [l2_of_3_steps, peak_of_3_steps, l2_gain_limit, printed_gain])
-@pytest.mark.parametrize("decay", [0.0, -0.5, 1.1, math.nan, torch.tensor([0.5, 2.0])])
-def test_a_decay_outside_the_range(decay, gain):
-    with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
-        gain(decay)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"T": 0}, "T must be >= 1, got 0"),
-        ({"input_gain": torch.ones(4)}, r"shape \[..., T\] with T = 3, got \(4,\)"),
-        ({"input_gain": [1.0, 2.0]}, "must have shape"),
-        ({"T": 1, "input_gain": torch.tensor(1.0)}, "input_gain must have shape"),
-        ({"input_gain": [1.0, math.nan, 1.0]}, "must be finite"),
-        ({"decay": torch.ones(3), "input_gain": torch.ones(2, 3)}, "must broadcast"),
-    ],
-)
-@pytest.mark.parametrize("gain", [l2_gain, peak_gain])
-def test_wrong_use(gain, options, message):
-    usual = {"decay": 0.5, "T": 3}
-    with pytest.raises(ValueError, match=message):
-        gain(**usual | options)
