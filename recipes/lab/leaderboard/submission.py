@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, comb, exp
 from pathlib import Path
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lab.evaluating import read_once
-from lab.leaderboard.tables import FORMATS, Stored, check_fields, disputes, read_reports
+from lab.leaderboard.tables import (
+    FORMATS,
+    Stored,
+    check_fields,
+    disputes,
+    has_digests,
+    read_reports,
+)
 from sj_robust.attacks import ThreatModel
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.logits import margin
@@ -70,9 +77,9 @@ _MET = 128
 _CLOSEST = 6
 _OTHERS = 2
 """Undecided images that all attacks meet at once: those whose label leads the least, and others."""
-_STAGES = 4
-"""Stages of a search over spikes that are run again; the last three take half of its time, and of
-64 images three at most have fallen in them (recipes/studies/forgeries.py).
+_STAGES = 3
+"""Stages of a search over spikes that are run again at first, of seven; of 64 images, three at most
+have fallen in the later ones or to the control alone (recipes/studies/forgeries.py).
 """
 _COMPARED = 32
 """Images that the first attack broke, whose adversarial images it makes again, at most."""
@@ -241,12 +248,13 @@ def evaluated_again(
     Each image has its own seed, so an attack comes to the same where torch rounds alike. The first
     attack makes adversarial images of the report again, of which most have to be the same, and
     meets up to ``_MET`` undecided images. All attacks then meet a few of those, most of them images
-    whose label leads the least, and a few more for as long as one of them falls.
-    Where every adversarial image was the same, none may fall; elsewhere no more than rounding
-    explains. Which images are met follows from the outcome of every image in the report and from
-    the secret.
+    whose label leads the least; their search over spikes ends early. If one falls, they meet twice
+    as many and go on to the end. Where every adversarial image was the same, none may fall;
+    elsewhere no more than rounding explains. Which images are met follows from the outcome of every
+    image in the report and from the secret.
 
-    A network that shows signs of gradient masking here has to be attacked as a plain copy, too.
+    A network that shows signs of gradient masking here has to show them in the report, which then
+    holds attacks on its plain copy.
     """
     if report.threat is None or not report.standing("everything"):
         yield Check(None, "attack again: no image is still correct")
@@ -260,10 +268,18 @@ def evaluated_again(
         f"members: {len(names) - len(lacking)} of {len(names)} attacks of the suite "
         f"{report.suite}; missing: {', '.join(lacking) or 'none'}",
     )
-    if report.undecided and not lacking:
-        yield few_fall(
-            report, rerun.members[0].name, rerun.met, rerun.broken, draws=rerun.draws, secret=secret
-        )
+    if lacking:
+        return
+    if report.undecided:
+        first = rerun.members[0].name
+        found = few_fall(report, first, rerun.met, rerun.broken, draws=rerun.draws, secret=secret)
+        yield found
+        if found.passed and not report.masked and not report.threat.of_events:
+            signs = ", ".join(rerun.signs())
+            yield Check(
+                not signs,
+                f"masking: the report tells of no sign, here: {signs or 'none'}",
+            )
     if report.verified is not None and report.standing("verified"):
         yield rerun.proved(shuffled(report.standing("verified"), report, secret))
 
@@ -272,7 +288,7 @@ def few_fall(
     report: Report,
     first: str,
     met: Callable[[Sequence[int]], dict[int, Met]],
-    broken: Callable[[Sequence[int]], set[int]],
+    broken: Callable[[Sequence[int], bool], set[int]],
     *,
     draws: bool = False,
     secret: bytes = b"",
@@ -283,57 +299,40 @@ def few_fall(
         report: The report.
         first: Name of the first attack.
         met: What it comes to on images.
-        broken: Which images all attacks break.
+        broken: Which images all attacks break, and whether they go on to the end.
         draws: Whether the network draws random numbers.
         secret: What the choice of images follows from, beside the report; up to 64 bytes.
     """
     told: dict[int, str] = {}
     for row in report.attacks:
         if row.member == first:
-            told |= dict.fromkeys(row.fell, "") | _digests(row)
+            told |= _digests(row)
     sample = shuffled(told, report, secret)[:_COMPARED]
     undecided = shuffled(report.undecided, report, secret)[:_MET]
     found = met([*sample, *undecided])
     same = sum(number in found and found[number].digest == told[number] for number in sample)
-    alike = same == len(sample) >= _ALIKE
-    made_again = draws or _at_least(len(sample) - same, _OTHER * len(sample)) >= _WRONGED
+    others = len(sample) - same
+    made_again = draws or _at_least(others, _OTHER * len(sample)) >= _WRONGED
     rate = _FELL_DRAWN if draws else _FELL
-    expected = 0.0 if alike else rate * len(undecided)
-    fell = {number for number in undecided if number in found and found[number].digest}
-    left = [number for number in undecided if number in found and number not in fell]
-    tried = 0
-    while made_again and left and _at_least(len(fell), expected) >= _WRONGED:
-        closest = sorted(left, key=lambda number: found[number].lead)[:_CLOSEST]
-        others = [number for number in left if number not in closest]
-        batch = [*closest, *others[:_OTHERS]]
-        left = others[_OTHERS:]
-        tried += len(batch)
-        more = broken(batch)
-        if not more:
+    expected = rate * len(undecided) if others or same < _ALIKE else 0.0
+    left = [number for number in undecided if number in found]
+    fell = {number for number in left if found[number].digest}
+    left.sort(key=lambda number: (number in fell, found[number].lead))
+    tried: set[int] = set()
+    for more in (1, 2):
+        if not made_again or _at_least(len(fell), expected) < _WRONGED or (more > 1 and not fell):
             break
-        fell |= more
+        closest, rest = left[: more * _CLOSEST], left[more * _CLOSEST :]
+        batch = [*closest, *shuffled(rest, report, secret)[: more * _OTHERS]]
+        tried.update(batch)
+        fell |= broken(batch, more > 1)
     remedy = "" if made_again else "; evaluate the network on a CPU with the releases here"
     return Check(
         made_again and _at_least(len(fell), expected) >= _WRONGED,
         f"attack again: of {len(sample)} adversarial images of the report, {same} were made "
         f"again{remedy}; of {len(report.undecided)} undecided images, the first attack met "
-        f"{len(undecided)} and the others {tried}, and {len(fell)} fell",
+        f"{len(undecided)} and the others {len(tried)}, and {len(fell)} fell",
     )
-
-
-def _masked(report: Report, threat: ThreatModel, network: Subject, x: Tensor, y: Tensor) -> bool:
-    """Whether the network shows signs of gradient masking here, on the images of the report."""
-    found = diagnose(
-        network.model,
-        x[:DIAGNOSED],
-        y[:DIAGNOSED],
-        threat=threat,
-        seed=report.seed,
-        estimators=None if report.estimators else (),
-        plain=network.plain,
-        eot_samples=gradient_draws(report.draws, threat),
-    )
-    return bool(replace(report, findings=tuple(map(asdict, found))).masked)
 
 
 @dataclass(frozen=True)
@@ -346,7 +345,7 @@ class Rerun:
         x: Its images.
         y: Their labels.
         members: The attacks of its suite within the threat, in their order.
-        plain: Those on a plain copy of the network, if it shows signs of gradient masking.
+        plain: Those on a plain copy of the network, if the report tells of gradient masking.
         draws: Whether the network draws random numbers.
     """
 
@@ -374,35 +373,66 @@ class Rerun:
             refused=refused(network.model, UNSEARCHED.get(report.suite, ())),
             batch_size=data.batch_size,
         )
-        members = [_shortened(member) for member in suite.members if Asked(threat).keeps(member)]
-        masked = not threat.of_events and (report.masked or _masked(report, threat, network, x, y))
-        plain = allowed_by(network.plain, suite.plain, x) if masked else []
+        members = [member for member in suite.members if Asked(threat).keeps(member)]
+        plain = allowed_by(network.plain, suite.plain, x) if report.masked else []
         draws = settled_draws(network.model, data, None) > 1
         return cls(report, network, x, y, members, plain, draws)
 
-    def met(self, numbers: Sequence[int]) -> dict[int, Met]:
-        """What the first attack makes of the images that are classified correctly here."""
-        first = self.members[0]
-        kept = _Kept(first.attack)
-        model = self.network.model
-        (row,) = self._run(numbers, [replace(first, attack=kept)], model).attacks
-        made = _digests(row)
-        labels = self.y[numbers][list(row.seen)]
-        logits = scored(model, kept.images, labels, seed=self.report.seed)
-        leads = margin(logits, labels).tolist()
-        found = zip(row.seen, leads, strict=True)
-        return {numbers[place]: Met(made.get(place, ""), lead) for place, lead in found}
+    def signs(self) -> tuple[str, ...]:
+        """Signs of gradient masking that the network shows here."""
+        report = self.report
+        threat = cast("ThreatModel", report.threat)
+        found = diagnose(
+            self.network.model,
+            self.x[:DIAGNOSED],
+            self.y[:DIAGNOSED],
+            threat=threat,
+            seed=report.seed,
+            estimators=None if report.estimators else (),
+            plain=self.network.plain,
+            eot_samples=gradient_draws(report.draws, threat),
+        )
+        return tuple(finding.name for finding in found if not finding.passed)
 
-    def broken(self, numbers: Sequence[int]) -> set[int]:
-        """Those of the images that any attack breaks."""
-        fell: set[int] = set()
+    def met(self, numbers: Sequence[int]) -> dict[int, Met]:
+        """What the first attack, and the first one on a plain copy, make of the images that are
+        classified correctly here.
+        """
         model = self.network.model
-        plain = Softened(self.network.plain or model)
-        for members, attacked in ((self.members, model), (self.plain, plain)):
-            found = self._run(numbers, members, attacked)
+        found: dict[int, Met] = {}
+        for members, attacked in self._in_turn():
+            fell = {number for number, one in found.items() if one.digest}
+            left = [number for number in numbers if number not in fell]
+            if not left:
+                break
+            kept = _Kept(members[0].attack)
+            (row,) = self._run(left, [replace(members[0], attack=kept)], attacked).attacks
+            made = _digests(row)
+            labels = self.y[left][list(row.seen)]
+            logits = scored(model, kept.images, labels, seed=self.report.seed)
+            for place, lead in zip(row.seen, margin(logits, labels).tolist(), strict=True):
+                found[left[place]] = Met(made.get(place, ""), lead)
+        return found
+
+    def broken(self, numbers: Sequence[int], to_the_end: bool) -> set[int]:
+        """Those of the images that any attack breaks; its search over spikes may end early."""
+        fell: set[int] = set()
+        for members, attacked in self._in_turn():
+            left = [number for number in numbers if number not in fell]
+            if not left:
+                break
+            if not to_the_end:
+                members = list(map(_shortened, members))
+            found = self._run(left, members, attacked)
             places = found.standing("clean") - found.standing("everything")
-            fell.update(numbers[place] for place in places)
+            fell.update(left[place] for place in places)
         return fell
+
+    def _in_turn(self) -> Iterator[tuple[Sequence[Member], nn.Module]]:
+        """The attacks on the network, and those on its plain copy, if there are any."""
+        yield self.members, self.network.model
+        if self.plain:
+            yield self.plain, Softened(self.network.plain or self.network.model)
 
     def proved(self, proved: Sequence[int]) -> Check:
         """Whether the proofs of the report can be made here, but for one lost by rounding."""
@@ -554,6 +584,9 @@ def _plausible(report: Report) -> Iterator[Check]:
     yield Check(no_signs, f"signs of gradient masking: {masked}", required=False)
     known = bool(report.network.get("fingerprint"))
     yield Check(known, "fingerprint of the network is in the report")
+    held = has_digests(report)
+    said = "yes" if held else "none; evaluate the network again with this release"
+    yield Check(held, f"digests of adversarial images: {said}")
 
 
 def _alive(report: Report) -> Check:

@@ -28,7 +28,8 @@ _NOTE = (
     "attacks, control included (at most; below it its 95 % CI). In each bar, the first part is "
     "proved, the second is open, and the rest is broken or misclassified. Do not compare tables: "
     "their data set, threat or images differ. An exclamation mark (!) means signs of "
-    "gradient masking, a question mark (?) that one report proves what another breaks."
+    "gradient masking, a question mark (?) that one report proves what another breaks, a star (*) "
+    "that a report is from before reports could be checked."
 )
 HEADS = ("network", "clean, %", "proved, %", "at most, %", "checked by")
 DETAILS = (
@@ -145,6 +146,11 @@ def disputes(reports: Sequence[Report]) -> frozenset[int]:
     return frozenset(proved & broken)
 
 
+def has_digests(report: Report) -> bool:
+    """Whether the adversarial images of a report can be told from others, and so be checked."""
+    return all(row.digests or not row.fell for row in report.attacks)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A network under a threat, by all reports about it; shares in per cent.
@@ -202,6 +208,7 @@ class Entry:
         proved = "" if self.proved is None else f"{self.proved:.1f}"
         checked = ", ".join(self.suites) + (" !" if self.masked else "")
         checked += " ?" if self.disputed else ""
+        checked += "" if all(has_digests(one.report) for one in self.reports) else " *"
         return [self.name, f"{self.clean:.1f}", proved, f"{self.at_most:.1f}", checked]
 
     def bar(self) -> str:
