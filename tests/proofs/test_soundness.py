@@ -13,10 +13,10 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.core.preserved import full_precision
-from sj_robust.perturbation.gains import perturbation_gains
-from sj_robust.perturbation.gains.operator import input_maps
 from sj_robust.proofs import UnsoundBoundsError, joint, rules, soundness, verify
 from sj_robust.proofs.differentiable import DifferentiableBounds
+from sj_robust.proofs.gains import perturbation_gains
+from sj_robust.proofs.gains.operator import input_maps
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.windows import SpikeTrains
 
