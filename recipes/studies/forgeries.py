@@ -97,7 +97,7 @@ def forged(report: Report, images: set[int]) -> Report:
         if row.attacks and row.variant == report.main:
             row = without(row, images)
         rows.append(row)
-    return replace(report, rows=rows)
+    return replace(report, rows=tuple(rows))
 
 
 def without(row: Row, images: set[int]) -> Row:
@@ -105,7 +105,7 @@ def without(row: Row, images: set[int]) -> Row:
     kept = [place for place, number in enumerate(row.fell) if number not in images]
     digests = [row.digests[DIGITS * place : DIGITS * (place + 1)] for place in kept]
     fell = [row.fell[place] for place in kept]
-    return replace(row, fell=fell, outside=(), digests="".join(digests))
+    return replace(row, fell=tuple(fell), outside=(), digests="".join(digests))
 
 
 def spoilt(report: Report, share: float, drawn: random.Random) -> Report:
@@ -117,7 +117,7 @@ def spoilt(report: Report, share: float, drawn: random.Random) -> Report:
             changed = drawn.random() < share
             parts.append("f" * DIGITS if changed else row.digests[start : start + DIGITS])
         rows.append(replace(row, digests="".join(parts)))
-    return replace(report, rows=rows)
+    return replace(report, rows=tuple(rows))
 
 
 if __name__ == "__main__":
