@@ -247,7 +247,7 @@ def _checked(
     if not bool(torch.isfinite(gains).all()):
         raise ValueError("input_gain must be finite, but holds NaN or infinity")
     try:
-        torch.broadcast_tensors(decays, gains[..., 0])
+        decays + gains[..., 0]
     except RuntimeError:
         raise ValueError(
             f"decay [...] and input_gain [..., T] must broadcast, got {tuple(decays.shape)} and "
