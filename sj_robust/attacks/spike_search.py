@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import FLIPS, MOVES, Moves
-from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import STAGES, Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
 from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
@@ -280,3 +279,29 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
         return 1, 1, x.shape[1]
     height, width = x.shape[-2:]
     return x[0].numel() // (height * width), height, width
+
+
+@runtime_checkable
+class _HasQuicker(Protocol):
+    """A model that knows a faster copy of itself."""
+
+    def quicker(self) -> Model | None:
+        """The copy; None if there is none."""
+
+
+@torch.no_grad()
+def quicker(model: Model, x: Tensor, logits: Tensor) -> Model:
+    """A faster copy of the model, if it has one that gives the logits of ``x`` as well; else the
+    model itself.
+
+    The copy may round differently and then spike differently, so an image that fools it has to be
+    tried on the model.
+    """
+    copy = model.quicker() if isinstance(model, _HasQuicker) else None
+    if copy is None:
+        return model
+    try:
+        found = copy(x)
+    except RuntimeError:  # a neuron that runs in two places takes more than T steps
+        return model
+    return model if differ(logits, found) else copy
