@@ -16,7 +16,8 @@ from torchvision.transforms import ToPILImage
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
-from sj_robust.data import Augmentation, load_images
+from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
+from sj_robust.data.stored import contents
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, SurrogateOverlap
 from sj_robust.models import ConvChain, NetworkSpec, build_classifier
 from sj_robust.models.chain import FullyConnected
@@ -28,7 +29,8 @@ from sj_robust.perturbation import (
     tasad,
 )
 from sj_robust.perturbation.dynamics import full_perturbation, spike_train_distance
-from sj_robust.perturbation.gains import (
+from sj_robust.perturbation.intensity import intensity_correlation
+from sj_robust.proofs.gains import (
     gain_penalty,
     input_maps,
     l2_gain,
@@ -37,7 +39,6 @@ from sj_robust.perturbation.gains import (
     peak_gain,
     printed_gain,
 )
-from sj_robust.perturbation.intensity import intensity_correlation
 from sj_robust.training import (
     CertifiedOptions,
     GradientSparsity,
@@ -174,6 +175,7 @@ retraction = partial(retract_, nn.Linear(2, 2))
 frames = partial(CertifiedOptions, norm="moves")
 digits = partial(load_images, "digits")
 saccades = partial(load_images, "saccade:digits")
+batches = partial(ShuffledBatches, 23, seed=0)
 overlap = partial(SurrogateOverlap, 1.0)
 chain = partial(ConvChain, (1, 8, 8), 10, T=4, spiking_neuron=DLIFNode)
 connected = partial(FullyConnected, (1, 4, 4), 3, T=2, spiking_neuron=DLIFNode)
@@ -204,6 +206,10 @@ def thresholds(values=(0.2, 0.4), name="thresholds", **changes):
 
 def augmented(shape, seed, name):
     return Misuse(lambda: Augmentation()(torch.rand(shape), [seed]), {}, name=name)
+
+
+def rotated(images):
+    Augmentation(scale=0.1)(images, [1])
 
 
 MISUSE = [
@@ -421,6 +427,16 @@ MISUSE = [
     ),
     Misuse(digits, {"train_limit": 5}, name="validation_fraction"),
     *rows(digits, {"train_limit": 1.5}, {"test_limit": "5"}, error=TypeError),
+    *(Misuse(digits, {"augment": whole}, name="cutout") for whole in (True, Augmentation())),
+    *rows(digits, {"augment": 1}, {"augment": "yes"}, {"augment": {"scale": 1}}, error=TypeError),
+    *rows(
+        saccades,
+        {"augment": Augmentation(rotation=5), "T": 2},
+        {"augment": Augmentation(scale=0.1), "T": 2},
+    ),
+    *rows(batches, {"batch_size": 24}, {"batch_size": 4, "processes": 3}),
+    *rows(partial(image_loader, STRIPES.train, 1), {"workers": -1}),
+    Misuse(contents, {"images": []}, TypeError),
     Misuse(load_images, {"name": "imagenet"}, name="fashion_mnist"),
     *rows(saccades, {"T": None}, {"T": 0}, {"T": True}, {"T": 49}),
     *rows(
@@ -441,6 +457,7 @@ MISUSE = [
         error=TypeError,
     ),
     augmented((2, 1, 8, 8), 1, "seed"),
+    Misuse(rotated, {"images": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, TypeError),
     augmented((1, 8, 8), 1, "[N, C, H, W]"),
     augmented((1, 1, 8, 8), -1, "seeds"),
 ]

@@ -6,7 +6,7 @@ from torch import Tensor
 from sj_robust.attacks.logits import without
 from sj_robust.core.weights import weights
 from sj_robust.defences.penalty import ForwardPasses, Penalty, check_weight
-from sj_robust.perturbation.gains import gain_penalty
+from sj_robust.proofs.gains import gain_penalty
 
 __all__ = ["GradientSparsity", "StabilityGain", "WeightMagnitude"]
 
@@ -106,7 +106,7 @@ class StabilityGain(Penalty):
     """Squared L2 gain of every DLIF layer over its T steps, summed. DLIF 层 L2 增益的惩罚项。
 
     Equation: ``value = sum over layers of ||L_decay diag(p)||_2^2``; see
-    :func:`sj_robust.perturbation.gains.gain_penalty`. It needs no forward pass and only changes the
+    :func:`sj_robust.proofs.gains.gain_penalty`. It needs no forward pass and only changes the
     input gains.
 
     Args:

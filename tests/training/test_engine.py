@@ -19,7 +19,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.data import ShuffledBatches
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.neuron.fusion import plain_names
-from sj_robust.perturbation.gains import l2_gain, peak_gain
+from sj_robust.proofs.gains import l2_gain, peak_gain
 from sj_robust.training import (
     GradientSparsity,
     Journal,
