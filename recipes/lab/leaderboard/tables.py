@@ -21,8 +21,8 @@ from sj_robust.evaluation.run.suites import GRADES
 REPORTS = "reports.csv"
 """File of a leaderboard with every report."""
 _DIGEST = "sha256, first 16 digits"
-FORMATS = (Report.saved_as, "sj_robust.robustness_report")
-"""Formats of reports, of today and of version 1."""
+FORMATS = (Report.saved_as,)
+"""Formats of reports."""
 _NOTE = (
     "Robust accuracy lies between the share that is proved and the share still correct after all "
     "attacks, control included (at most; below it its 95 % CI). In each bar, the first part is "
