@@ -2,7 +2,6 @@
 of mistakes.
 """
 
-import json
 from dataclasses import asdict
 from shlex import split
 
@@ -13,9 +12,8 @@ import sweep
 import torch
 from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
-from lab.figures.draw import draw, load_figure
+from lab.figures.draw import load_figure
 from lab.sweeping.runs import RECORD_FILE, RunRecord
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
@@ -24,7 +22,6 @@ from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_network
-from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 from sj_robust.training import save_checkpoint
 from sj_robust.training.journal import EpochRecord
@@ -165,71 +162,6 @@ def test_history_of_a_run_without_report_is_that_of_its_checkpoints(tmp_path):
     expected = [asdict(record) for record in HISTORY]
     assert training_curves(tmp_path).networks == {"one": expected}
     assert training_curves(tmp_path / "one").networks == {"one": expected}
-
-
-def study(layers, steps):
-    """An intensity study of a network with many layers."""
-    growing = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    found = {"value": 0.8, "low": 0.7, "high": 0.9}
-    names = [f"net.{index}" for index in range(layers)]
-    measures = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
-    means = dict.fromkeys(INDICATORS, growing)
-    per_step = [[eps] * steps for eps in growing]
-    associations = dict.fromkeys(INDICATORS, dict.fromkeys(measures, found))
-    text = {
-        "format": "sj_robust.intensity",
-        "version": 1,
-        "eps": growing,
-        "samples": 9,
-        "left_out": 0,
-        "resamples": 2,
-        "accuracy": {"pgd": growing[::-1]},
-        "means": {"pgd": dict.fromkeys(names, means)},
-        "per_step": {"pgd": dict.fromkeys(names, per_step)},
-        "associations": {"pgd": dict.fromkeys(names, associations)},
-    }
-    return IntensityCorrelation.from_json(json.dumps(text))
-
-
-def few_layers():
-    return InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}})
-
-
-def many_layers():
-    gains = {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)}
-    return InputGains({"a": gains, "b": gains})
-
-
-def deep():
-    return study(13, 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("data", [one_neuron, few_layers, many_layers, deep])
-def test_figures_fit_print(data):
-    for figure in draw(data()).values():
-        assert figure.get_figwidth() in (3.25, 6.75)  # a column, or both
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        width, height = canvas.get_width_height()
-        for text in figure.findobj(
-            lambda artist: hasattr(artist, "get_fontsize") and artist.get_visible()
-        ):
-            if text.get_text() and text.get_window_extent(renderer).width:
-                assert text.get_fontsize() >= 7, text
-        for axes in figure.axes:
-            labels = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-            boxes = [
-                text.get_window_extent(renderer)
-                for text in labels
-                if text.get_text() and axes.axison
-            ]
-            for box in boxes:
-                assert box.x0 >= 0
-                assert box.x1 <= width
-                assert box.y0 >= 0
-                assert box.y1 <= height
 
 
 def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
