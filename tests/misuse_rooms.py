@@ -16,6 +16,7 @@ from torchvision.transforms import ToPILImage
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
+from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
 from sj_robust.data.stored import contents
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, SurrogateOverlap
@@ -226,7 +227,46 @@ def rotated(images):
     Augmentation(scale=0.1)(images, [1])
 
 
+def classified(kind=SpikingClassifier, net=None, x=X[:2], **changes):
+    kind(net or linear(), **{"T": T} | changes)(x)
+
+
+class Whole(nn.Module):
+    """Takes images, and nothing with more dimensions."""
+
+    def forward(self, images):
+        assert images.ndim == 4
+        return images.flatten(1)[:, :3].expand(T, -1, 3)
+
+
+def returning(output):
+    """A network that gives something else than logits."""
+    net = nn.Flatten(2)
+    net.register_forward_hook(lambda *_: output)
+    return net
+
+
+events = partial(classified, SpikingEventClassifier)
+FRAMES = torch.zeros(2, T, 1, 4, 4)
+
 MISUSE = [
+    *rows(classified, {"T": 0}, {"std": [0.0]}, {"takes": "x"}),
+    *rows(
+        classified,
+        {"T": 2.0},
+        {"T": True},
+        {"T": torch.tensor(4)},
+        {"mean": "0.5"},
+        error=TypeError,
+    ),
+    *(Misuse(classified, {"x": x}, name="images") for x in (X[0, 0, 0], FRAMES)),
+    *(Misuse(events, {"x": x}, name="frames") for x in (X[:2], FRAMES[:, :2])),
+    Misuse(events, {"takes": "images"}),
+    Misuse(events, {"net": Whole(), "x": FRAMES}, name="images"),
+    *(
+        Misuse(classified, {"net": returning(output), "takes": "sequence"}, name="logits")
+        for output in (torch.zeros(3, 5, 2), torch.zeros(4, 5, 2, 2), (torch.zeros(2, 3),))
+    ),
     *rows(
         finetuned,
         {"mode": "fgsm"},
