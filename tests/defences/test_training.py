@@ -63,32 +63,6 @@ def test_measured_statistics_leave_homeostasis_alone(tmp_path):
         assert torch.equal(measured.state_dict()[name], value), name
 
 
-def test_only_weights_are_deflated(tmp_path):
-    def with_maps():
-        net = nn.Sequential(layer.Conv2d(1, 3, 3), HomeostaticNode(3, 4.0), layer.Flatten())
-        net.append(layer.Linear(12, 3))
-        functional.set_step_mode(net, "m")
-        net[0].weight.data.mul_(3)
-        return net
-
-    found = []
-    for deflation in (False, True):
-        step = {"epochs": 1, "batch_size": 64, "momentum": 0.0, "perturb": None}
-        _, classifier = small_run.run(
-            tmp_path / str(deflation),
-            build=with_maps,
-            objective={"rho": 0.0},
-            deflation=deflation,
-            **step,
-        )
-        found.append(classifier.net)
-    plain, deflated = found
-    assert plain[1].rate.ndim == 3
-    assert plain[1].rate.any()
-    assert torch.equal(plain[1].rate, deflated[1].rate)
-    assert not torch.equal(plain[0].weight, deflated[0].weight)
-
-
 @pytest.mark.filterwarnings("ignore:MPPDMonitor does not follow")
 @pytest.mark.parametrize("kind", ["homeostasis", "leak"])
 def test_a_loss_that_does_not_fit_the_network_is_refused_before_anything_is_written(tmp_path, kind):

@@ -24,11 +24,11 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import full_precision
 from sj_robust.models.chain import SmallConvNet
-from sj_robust.proofs.gains.operator import input_maps
 from sj_robust.proofs import bounds, differentiable_chains, joint, rounding, verify, windows
 from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds, batch_statistics
+from sj_robust.proofs.gains.operator import input_maps
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
