@@ -42,16 +42,20 @@ def main(options: Options) -> None:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """Two tables for every data set that has a CSV file."""
+    """Two tables for every data set in the CSV files."""
     found = {}
     for name in TITLES:
-        rows = read_table(folder / "proved" / f"{name}.csv")
-        layers = read_table(folder / "proved" / f"{name}_layers.csv")
+        rows, layers = of_data(name, "networks", folder), of_data(name, "layers", folder)
         picture = f"![Share proved and not broken; bounds over MS-MPPD](proved/{name}.png)"
         if rows:
             found[f"{name} bracket"] = f"{bracket(name, rows)}\n\n{picture}"
             found[f"{name} layers"] = predicted(rows, layers)
     return found
+
+
+def of_data(name: str, table: str, folder: Path) -> list[Row]:
+    """Rows of one data set."""
+    return [row for row in read_table(folder / "proved" / f"{table}.csv") if row["data"] == name]
 
 
 def weight(row: Row) -> str:
@@ -107,7 +111,7 @@ def predicted(rows: Sequence[Row], layers: Sequence[Row]) -> str:
 @print_style()
 def draw(name: str, folder: Path) -> None:
     """The bracket over eps for each neuron and weight, and bounds of the potential over MPPD."""
-    rows = read_table(folder / "proved" / f"{name}.csv")
+    rows = of_data(name, "networks", folder)
     by_neuron = groups(rows, "neuron")
     figure = new_figure(7.2, 2.6)
     *panels, last = figure.subplots(1, len(by_neuron) + 1)
@@ -115,7 +119,7 @@ def draw(name: str, folder: Path) -> None:
         brackets(axes, found, RADII[name])
         axes.set_title(f"{TITLES[name]}, {neuron.upper()}")
     rho = {row["network"]: float(row["rho"]) for row in rows}
-    by_layer = groups(read_table(folder / "proved" / f"{name}_layers.csv"), "layer")
+    by_layer = groups(of_data(name, "layers", folder), "layer")
     for ((layer,), found), colour in zip(by_layer.items(), COLOURS, strict=False):
         for trained in (False, True):
             ours = [row for row in found if bool(rho[row["network"]]) == trained]

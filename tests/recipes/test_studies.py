@@ -56,7 +56,7 @@ WRITES = {
     "events": ["events/attacks.csv"],
     "ground_truth": ["dlif-T2.json", "dlif-T2.pt"],
     "networks": ["networks.csv"],
-    "proved": ["proved/digits.csv", "proved/digits_layers.csv", "proved/digits.png"],
+    "proved": ["proved/networks.csv", "proved/layers.csv", "proved/digits.png"],
     "proved_tables": ["proved/cifar10.png", "proved/digits.png", "proved/fashion_mnist.png"],
     "record": ["certified/record.png"],
     "rounds": ["rounds.csv"],
