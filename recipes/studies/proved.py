@@ -7,7 +7,6 @@ python recipes/studies/proved.py fashion_mnist   # after proved_fashion_mnist.ya
 python recipes/studies/proved.py cifar10         # networks that are there; pictures in data/
 
 Networks of which a table has all rows are not proved again, so that a stopped command continues.
-The tables of the page and the pictures are drawn by proved_tables.py.
 """
 
 import json
