@@ -28,7 +28,7 @@ from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.host import functional, layer, neuron, surrogate
-from sj_robust.perturbation.gains import perturbation_gains
+from sj_robust.proofs.gains import perturbation_gains
 
 ROOT = Path(__file__).parents[1]
 T = 4
