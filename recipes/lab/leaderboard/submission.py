@@ -5,7 +5,7 @@ and the rest is looked at for contradictions.
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, comb, exp
@@ -56,7 +56,6 @@ __all__ = [
     "checklist",
     "compared",
     "evaluated_again",
-    "few_fall",
     "refusing",
     "shuffled",
     "take",
@@ -78,9 +77,11 @@ _CLOSEST = 6
 _OTHERS = 2
 """Undecided images that all attacks meet at once: those whose label leads the least, and others."""
 _STAGES = 3
-"""Stages of a search over spikes that are run again at first, of seven; of 64 images, three at most
-have fallen in the later ones or to the control alone (recipes/studies/forgeries.py).
+"""Stages of a search over spikes that are run again at first, of seven, of up to ``_MET`` images;
+three of 64 have fallen in the later ones (recipes/studies/forgeries.py).
 """
+_SHORT = 2000
+"""Forwards of a search that does not end early."""
 _COMPARED = 32
 """Images that the first attack broke, whose adversarial images it makes again, at most."""
 _ALIKE = 8
@@ -248,10 +249,10 @@ def evaluated_again(
     Each image has its own seed, so an attack comes to the same where torch rounds alike. The first
     attack makes adversarial images of the report again, of which most have to be the same, and
     meets up to ``_MET`` undecided images. All attacks then meet a few of those, most of them images
-    whose label leads the least; their search over spikes ends early. If one falls, they meet twice
-    as many and go on to the end. Where every adversarial image was the same, none may fall;
-    elsewhere no more than rounding explains. Which images are met follows from the outcome of every
-    image in the report and from the secret.
+    whose label leads the least; a long search over spikes ends early if the report is of few
+    images. If one falls, they meet twice as many and go on to the end. Where every adversarial
+    image was the same, none may fall; elsewhere no more than rounding explains. Which images are
+    met follows from the outcome of every image in the report and from the secret.
 
     A network that shows signs of gradient masking here has to show them in the report, which then
     holds attacks on its plain copy.
@@ -271,68 +272,13 @@ def evaluated_again(
     if lacking:
         return
     if report.undecided:
-        first = rerun.members[0].name
-        found = few_fall(report, first, rerun.met, rerun.broken, draws=rerun.draws, secret=secret)
+        found = rerun.few_fall(secret)
         yield found
         if found.passed and not report.masked and not report.threat.of_events:
             signs = ", ".join(rerun.signs())
-            yield Check(
-                not signs,
-                f"masking: the report tells of no sign, here: {signs or 'none'}",
-            )
+            yield Check(not signs, f"masking: signs that the report hides: {signs or 'none'}")
     if report.verified is not None and report.standing("verified"):
         yield rerun.proved(shuffled(report.standing("verified"), report, secret))
-
-
-def few_fall(
-    report: Report,
-    first: str,
-    met: Callable[[Sequence[int]], dict[int, Met]],
-    broken: Callable[[Sequence[int], bool], set[int]],
-    *,
-    draws: bool = False,
-    secret: bytes = b"",
-) -> Check:
-    """Whether adversarial images of a report can be made again, and undecided images stay correct.
-
-    Args:
-        report: The report.
-        first: Name of the first attack.
-        met: What it comes to on images.
-        broken: Which images all attacks break, and whether they go on to the end.
-        draws: Whether the network draws random numbers.
-        secret: What the choice of images follows from, beside the report; up to 64 bytes.
-    """
-    told: dict[int, str] = {}
-    for row in report.attacks:
-        if row.member == first:
-            told |= _digests(row)
-    sample = shuffled(told, report, secret)[:_COMPARED]
-    undecided = shuffled(report.undecided, report, secret)[:_MET]
-    found = met([*sample, *undecided])
-    same = sum(number in found and found[number].digest == told[number] for number in sample)
-    others = len(sample) - same
-    made_again = draws or _at_least(others, _OTHER * len(sample)) >= _WRONGED
-    rate = _FELL_DRAWN if draws else _FELL
-    expected = rate * len(undecided) if others or same < _ALIKE else 0.0
-    left = [number for number in undecided if number in found]
-    fell = {number for number in left if found[number].digest}
-    left.sort(key=lambda number: (number in fell, found[number].lead))
-    tried: set[int] = set()
-    for more in (1, 2):
-        if not made_again or _at_least(len(fell), expected) < _WRONGED or (more > 1 and not fell):
-            break
-        closest, rest = left[: more * _CLOSEST], left[more * _CLOSEST :]
-        batch = [*closest, *shuffled(rest, report, secret)[: more * _OTHERS]]
-        tried.update(batch)
-        fell |= broken(batch, more > 1)
-    remedy = "" if made_again else "; evaluate the network on a CPU with the releases here"
-    return Check(
-        made_again and _at_least(len(fell), expected) >= _WRONGED,
-        f"attack again: of {len(sample)} adversarial images of the report, {same} were made "
-        f"again{remedy}; of {len(report.undecided)} undecided images, the first attack met "
-        f"{len(undecided)} and the others {len(tried)}, and {len(fell)} fell",
-    )
 
 
 @dataclass(frozen=True)
@@ -394,6 +340,43 @@ class Rerun:
         )
         return tuple(finding.name for finding in found if not finding.passed)
 
+    def few_fall(self, secret: bytes) -> Check:
+        """Whether adversarial images of the report can be made again, and undecided images stay
+        correct.
+        """
+        report = self.report
+        rows = {row.member: row for row in report.attacks}
+        told = _digests(rows[self.members[0].name])
+        sample = shuffled(told, report, secret)[:_COMPARED]
+        undecided = shuffled(report.undecided, report, secret)[:_MET]
+        found = self.met([*sample, *undecided])
+        same = sum(found[one].digest == told[one] for one in sample if one in found)
+        others = len(sample) - same
+        made_again = self.draws or _at_least(others, _OTHER * len(sample)) >= _WRONGED
+        rate = _FELL_DRAWN if self.draws else _FELL
+        expected = rate * len(undecided) if others or same < _ALIKE else 0.0
+        left = [number for number in undecided if number in found]
+        left.sort(key=lambda number: found[number].lead)
+        fell = {number for number in left if found[number].digest}
+        tried: set[int] = set()
+        for more in (1, 2):
+            if not made_again or _at_least(len(fell), expected) < _WRONGED:
+                break
+            if more > 1 and not fell:
+                break
+            closest = [number for number in left if number not in fell][: more * _CLOSEST]
+            rest = shuffled(set(left).difference(fell, closest), report, secret)
+            batch = [*closest, *rest[: more * _OTHERS]]
+            tried.update(batch)
+            fell |= self.broken(batch, more > 1)
+        remedy = "" if made_again else "; evaluate the network on a CPU with the releases here"
+        return Check(
+            made_again and _at_least(len(fell), expected) >= _WRONGED,
+            f"attack again: of {len(sample)} adversarial images of the report, {same} were made "
+            f"again{remedy}; of {len(report.undecided)} undecided images, the first attack met "
+            f"{len(undecided)} and the others {len(tried)}, and {len(fell)} fell",
+        )
+
     def met(self, numbers: Sequence[int]) -> dict[int, Met]:
         """What the first attack, and the first one on a plain copy, make of the images that are
         classified correctly here.
@@ -421,7 +404,7 @@ class Rerun:
             left = [number for number in numbers if number not in fell]
             if not left:
                 break
-            if not to_the_end:
+            if not to_the_end and len(self.y) <= _MET:
                 members = list(map(_shortened, members))
             found = self._run(left, members, attacked)
             places = found.standing("clean") - found.standing("everything")
@@ -462,10 +445,11 @@ class Rerun:
 
 
 def _shortened(member: Member) -> Member:
-    """A member, whose search over spikes ends early."""
-    if not member.takes_starts:
+    """A member, whose search over spikes ends early if it is long."""
+    attack = member.attack
+    if not isinstance(attack, partial) or attack.keywords.get("forwards", 0) <= _SHORT:
         return member
-    return replace(member, attack=partial(member.attack, stages=_STAGES))
+    return replace(member, attack=partial(attack, stages=_STAGES))
 
 
 class _Kept:
@@ -584,9 +568,7 @@ def _plausible(report: Report) -> Iterator[Check]:
     yield Check(no_signs, f"signs of gradient masking: {masked}", required=False)
     known = bool(report.network.get("fingerprint"))
     yield Check(known, "fingerprint of the network is in the report")
-    held = has_digests(report)
-    said = "yes" if held else "none; evaluate the network again with this release"
-    yield Check(held, f"digests of adversarial images: {said}")
+    yield Check(has_digests(report), "digests of adversarial images are in the report")
 
 
 def _alive(report: Report) -> Check:

@@ -29,7 +29,7 @@ _NOTE = (
     "proved, the second is open, and the rest is broken or misclassified. Do not compare tables: "
     "their data set, threat or images differ. An exclamation mark (!) means signs of "
     "gradient masking, a question mark (?) that one report proves what another breaks, a star (*) "
-    "that a report is from before reports could be checked."
+    "that a report was not checked."
 )
 HEADS = ("network", "clean, %", "proved, %", "at most, %", "checked by")
 DETAILS = (
