@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.special import stdtrit
 
@@ -407,6 +406,8 @@ def plot_effect(
     (ICML 2024). Returns PNG and PDF; nothing is drawn if the option is no axis or has not two
     numbers as values.
     """
+    from matplotlib.figure import Figure
+
     moving = [cell for cell in results.cells if option in cell.values]
     values = list(dict.fromkeys(value_text(cell.values[option]) for cell in moving))
     is_number = all(type(cell.values[option]) in (int, float) for cell in moving)
