@@ -88,7 +88,7 @@ def ended(tmp_path, monkeypatch, capsys):
             r"error: an entry of skip must have names with values, .* got 'lif'",
         ),
         ("sweep", "--base nowhere", 2, "nowhere must be a file of options, .* or a preset"),
-        ("sweep", "--report --output nowhere", 1, "nowhere holds no finished run"),
+        ("sweep", "--report --output nowhere", 2, "nowhere/sweep.yaml is missing"),
         ("figures", "", 2, "give the folder of a run"),
         ("figures", "--which neuron", 2, "give --output"),
         ("figures", "--which neurons", 2, "neurons"),
