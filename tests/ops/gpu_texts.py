@@ -210,7 +210,10 @@ def main(path):
         else:
             library = shim.Library(path)
             rounds_bfloat16(library)
-            build = lambda *kernel: functools.partial(library.launch, alone(*kernel)[1])  # noqa: E731
+
+            def build(code, name):
+                return functools.partial(library.launch, alone(code, name)[1])
+
             install(FakeCuPy(build), patch)
             run_table("cupy", cupy_launch, patch)
     if path is None:
