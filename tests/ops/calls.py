@@ -4,9 +4,8 @@ through.
 
 import functools
 import itertools
-import random
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -68,12 +67,12 @@ class Case:
     pool: bool = False
 
     @property
-    def adds_rounded(self) -> bool:
+    def adds_rounded(self):
         """Whether torch adds up gradients of steps that have been rounded."""
         return self.repeated and self.stage in (None, "none") and self.steps > 1
 
     @property
-    def neuron(self) -> dict[str, Any]:
+    def neuron(self):
         """Constants of the neurons."""
         return {
             "decay": 0.9,
@@ -84,7 +83,7 @@ class Case:
         }
 
 
-NEURONS: dict[str, list[Any]] = {
+NEURONS = {
     "dtype": [F32, F16, BF16],
     "v_reset": [0.0, None, -0.25],
     "detach_reset": [False, True],
@@ -137,7 +136,7 @@ LARGE = [  # several blocks and units, sums of many terms, rows of whole vectors
 ]
 
 
-def at_random(choices: dict[str, list[Any]], draw: random.Random) -> Case:
+def at_random(choices, draw):
     """One call; only images are pooled and have two orders in memory."""
     case = Case(**{name: draw.choice(values) for name, values in choices.items()})
     if case.stage and len(case.shape) < 4:
@@ -158,7 +157,7 @@ class Results(NamedTuple):
     gradients: dict[str, Tensor]
     running: list[Tensor]
 
-    def listed(self) -> list[Tensor]:
+    def listed(self):
         """All of it."""
         return [*self.outputs.values(), *self.gradients.values(), *self.running]
 
@@ -166,7 +165,7 @@ class Results(NamedTuple):
 class Drawn:
     """Random numbers of a case, which are always the same, and are rounded where it rounds them."""
 
-    def __init__(self, case: Case, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
+    def __init__(self, case, dtype=None, device="cpu"):
         self.case = case
         self.dtype = dtype or case.dtype
         self.state = torch.promote_types(self.dtype, F32)
@@ -189,13 +188,13 @@ class Drawn:
         for leaf in self.leaves.values():
             leaf.requires_grad_()
 
-    def normal(self, *size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+    def normal(self, *size, scale=1.0, mean=0.0):
         """The next ones, in the dtype of potentials."""
         drawn = mean + scale * torch.randn(size, generator=self.generator, dtype=F64)
         narrow = F64 if self.case.dtype == F64 else F32
         return drawn.to(narrow).to(self.device, self.state)
 
-    def outputs(self, backend: str) -> dict[str, Tensor]:
+    def outputs(self, backend):
         """Those of the call, by name."""
         case = self.case
         x = self.leaves["x"]
@@ -217,7 +216,7 @@ class Drawn:
         named = zip(("spikes", "v", "v_seq", "current"), found, strict=False)
         return {name: output for name, output in named if output is not None}
 
-    def results(self, backend: str) -> Results:
+    def results(self, backend):
         """Outputs and gradients."""
         outputs = self.outputs(backend)
         used = dict(outputs)
@@ -233,12 +232,12 @@ class Drawn:
         return Results(outputs, gradients, self.running)
 
 
-def results(backend: str, case: Case, dtype: torch.dtype | None = None, **on: str) -> Results:
+def results(backend, case, dtype=None, **on):
     """What a backend makes of a case in a dtype, its own by default."""
     return Drawn(case, dtype, **on).results(backend)
 
 
-def laid_out(x_seq: Tensor, layout: str) -> Tensor:
+def laid_out(x_seq, layout):
     """The same numbers in another order in memory."""
     if layout == "channels_last":
         steps = x_seq.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -250,7 +249,7 @@ def laid_out(x_seq: Tensor, layout: str) -> Tensor:
     return x_seq
 
 
-def check(case: Case, backend: str, **on: str) -> None:
+def check(case, backend, **on):
     """Against the reference: spikes and potentials bit by bit, a stage's where rounding did not
     flip a spike; gradients to 1e-5 of the largest and one rounding of their format.
     """
@@ -278,7 +277,7 @@ def check(case: Case, backend: str, **on: str) -> None:
         assert_equal(found.listed(), [one.to(other.dtype) for one, other in rounded])
 
 
-def check_stage(case: Case, found: Results, wanted: Results) -> Tensor:
+def check_stage(case, found, wanted):
     """Outputs and running statistics; which neurons have the same spikes at every step."""
     drawn = Drawn(case)
     same = (found.outputs["spikes"] == wanted.outputs["spikes"]).all(0)
@@ -307,9 +306,7 @@ def check_stage(case: Case, found: Results, wanted: Results) -> Tensor:
     return same
 
 
-def check_gradients(
-    case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor], same: Tensor
-) -> None:
+def check_gradients(case, found, wanted, same):
     """To 1e-5 of the largest; that of the input to its rounding too."""
     assert found.keys() == wanted.keys()
     tolerance = 1e-10 if case.dtype == F64 else 1e-5
@@ -335,7 +332,7 @@ def check_gradients(
 # ---- what no table holds ----
 
 
-def of_every_number(backend: str, dtype: torch.dtype = F32, device: str = "cpu") -> None:
+def of_every_number(backend, dtype=F32, device="cpu"):
     """Derivatives of every surrogate at ordinary potentials and at extreme ones, by formula."""
     for kind, alpha in itertools.product(HOST_NAMES, ALPHAS):
         z = points(alpha).to(device, dtype)
@@ -351,7 +348,7 @@ def of_every_number(backend: str, dtype: torch.dtype = F32, device: str = "cpu")
 ALPHAS = (2.0, 0.75)
 
 
-def points(alpha: float) -> Tensor:
+def points(alpha):
     """Distances from the threshold: a range, kinks and beside them, tiny, large and infinite ones,
     not a number.
     """
@@ -360,7 +357,7 @@ def points(alpha: float) -> Tensor:
     return torch.cat((edges, -edges, torch.tensor([torch.nan]), torch.linspace(-3, 3, 131)))
 
 
-def check_slopes(kind: str, alpha: float, z: Tensor, found: Tensor) -> None:
+def check_slopes(kind, alpha, z, found):
     """Relative error at most 1e-12, in float32 1e-5; where the formula is a difference, of the
     height.
     """
@@ -375,7 +372,7 @@ def check_slopes(kind: str, alpha: float, z: Tensor, found: Tensor) -> None:
     )
 
 
-def quarters(dtype: torch.dtype) -> Tensor:
+def quarters(dtype):
     """Three steps of multiples of 1/4, which are exact in binary, so that h == v_threshold really
     happens.
     """
@@ -383,38 +380,42 @@ def quarters(dtype: torch.dtype) -> Tensor:
     return torch.tensor(list(values), dtype=dtype).T.contiguous()
 
 
-def at_the_threshold(backend: str) -> None:
-    """Neurons whose potential meets it exactly fire, as in numpy."""
+def at_the_threshold(backend):
+    """Neurons whose potential meets it exactly fire, as in numpy; multiples of 1/4 are exact."""
+    values = list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3))
     for v_reset, dtype in itertools.product((0.0, None), (F32, F16, BF16)):
-        x = quarters(dtype)
-        inputs = Inputs(x, torch.ones(3), torch.zeros(64))
-        grads = Outputs(torch.ones_like(x), torch.full((64,), 0.5), torch.full((3, 64), 0.25))
+        x = torch.tensor(values, dtype=dtype).T.contiguous()
+        inputs = x, torch.ones(3), torch.zeros(64)
+        grads = torch.ones_like(x), torch.full((64,), 0.5), torch.full((3, 64), 0.25)
         constants = {"decay": 0.5, "v_threshold": 1.0, "v_reset": v_reset, "detach_reset": False}
         expected = by_hand(inputs, grads, **constants)
         assert (expected.h == 1.0).sum() > 10
-        outputs, gradients = run(backend, inputs, grads, **constants)
-        np.testing.assert_array_equal(outputs.spikes.double(), expected.spikes)
-        np.testing.assert_array_equal(outputs.potentials, expected.potentials)
+        (spikes, _, v_seq), (grad_x, *_) = run(backend, inputs, grads, **constants)
+        np.testing.assert_array_equal(spikes.double(), expected.spikes)
+        np.testing.assert_array_equal(v_seq, expected.potentials)
         atol = ROUNDING[dtype] * 4 + 1e-7
-        np.testing.assert_allclose(gradients.x.double(), expected.grad_x, atol=atol)
+        np.testing.assert_allclose(grad_x.double(), expected.grad_x, atol=atol)
 
 
-def not_finite(backend: str) -> None:
+def not_finite(backend):
     """Not a number and infinity are as in plain torch with an analytic gradient."""
     x = torch.zeros(4, 70)
     for place, value in {3: torch.nan, 5: torch.inf, 7: -torch.inf, 69: torch.nan}.items():
         x[1, place] = value
     # said outright, since plain torch leaves out a None
-    grads = Outputs(torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70))
+    grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)
     for kind, v_reset in itertools.product(("triangle", "atan", "sigmoid"), (0.0, None)):
-        options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}
-        inputs = Inputs(x, torch.ones(4), None)
+        options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset}
+        call = (x, torch.ones(4), None), grads
         with np.errstate(invalid="ignore", over="ignore"):
-            found, wanted = (run(name, inputs, grads, **options) for name in (backend, "eager"))
-        outputs = found.outputs
-        assert outputs.spikes[1, 5] == 1
-        assert outputs.spikes[:, 3].sum() == 0
-        assert outputs.v[[3, 69]].isnan().all()
+            found, wanted = (
+                run(name, *call, surrogate=Surrogate(kind), **options)
+                for name in (backend, "eager")
+            )
+        spikes, v, _ = found[0]
+        assert spikes[1, 5] == 1
+        assert spikes[:, 3].sum() == 0
+        assert v[[3, 69]].isnan().all()
         if backend != "reference":  # which multiplies an infinite potential by the 0 of a reset
             assert_close(found, wanted, equal_nan=True)
 
@@ -425,70 +426,27 @@ WITHOUT_TABLE = [at_the_threshold, of_every_number, not_finite]
 # ---- one call of DLIF in float64 by default, run by a backend and by hand ----
 
 
-class Inputs(NamedTuple):
-    """What the operator gets; also the gradients of it."""
-
-    x: Tensor
-    gain: Tensor
-    v_init: Tensor | None
-
-
-class Outputs(NamedTuple):
-    """What the operator gives; also the incoming gradients of it."""
-
-    spikes: Tensor
-    v: Tensor
-    potentials: Tensor
-
-
-class Call(NamedTuple):
-    """What goes in, forward and backward."""
-
-    inputs: Inputs
-    grads: Outputs
-
-
-def random_call(shape: tuple[int, ...], dtype: torch.dtype = F64, seed: int = 0) -> Call:
-    """Inputs, and incoming gradients of the three outputs."""
+def random_call(shape, dtype=F64, seed=0):
+    """Currents, gain and first potential; and incoming gradients of the three outputs."""
     drawn = Drawn(Case(shape[0], shape[1:], dtype))
     drawn.generator.manual_seed(seed)
     x = drawn.normal(*shape, scale=0.8, mean=0.3).to(dtype)
     grad_spikes = drawn.normal(*shape).to(dtype)
     gain = drawn.normal(shape[0], scale=0.3, mean=1.0)
     v_init = drawn.normal(*shape[1:], scale=0.4, mean=0.2)
-    grads = Outputs(grad_spikes, drawn.normal(*shape[1:]), drawn.normal(*shape))
-    return Call(Inputs(x, gain, v_init), grads)
+    return (x, gain, v_init), (grad_spikes, drawn.normal(*shape[1:]), drawn.normal(*shape))
 
 
-class Ran(NamedTuple):
-    """What comes out, forward and backward."""
-
-    outputs: Outputs
-    gradients: Inputs
-
-
-def run(
-    backend: str,
-    inputs: Inputs,
-    grads: Outputs,
-    *,
-    kind: str = "triangle",
-    alpha: float = 1.0,
-    **constants: Any,
-) -> Ran:
-    """Outputs, and the gradients of the inputs."""
-    leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
-    options = {"surrogate": Surrogate(kind, alpha), "store_v_seq": True, "backend": backend}
-    outputs = dlif_multi_step(*leaves, **options, **constants)
-    torch.autograd.backward(outputs, grads)
-    found = [output.detach() for output in outputs]
-    gradients = [None if leaf is None else leaf.grad for leaf in leaves]
-    return Ran(Outputs(*found), Inputs(*gradients))
+def run(backend, inputs, grads, **options):
+    """All outputs, and the gradients of the inputs that are there."""
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs]
+    outputs = dlif_multi_step(*leaves, store_v_seq=True, backend=backend, **options)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    gradients = torch.autograd.grad(outputs, wanted, grads)
+    return [output.detach() for output in outputs], gradients
 
 
-def by_hand(
-    inputs: Inputs, grads: Outputs, *, kind: str = "triangle", alpha: float = 1.0, **constants: Any
-) -> Any:
+def by_hand(inputs, grads, *, kind="triangle", alpha=1.0, **constants):
     """The same in float64 numpy."""
     x, gain, v_init, *of_outputs = (a.double().numpy() for a in (*inputs, *grads))
     names = ("grad_spikes", "grad_v", "grad_potentials")
@@ -499,10 +457,10 @@ def by_hand(
 class Seen(TorchDispatchMode):
     """Names of the operators that run meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.names: list[str] = []
+        self.names = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))

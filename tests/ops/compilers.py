@@ -14,12 +14,9 @@ import pytest
 import torch
 
 from sj_robust.ops.dlif import triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig
 
 
-def compile_text(
-    text: str, architecture: str, *options: str, ptx: bool = False
-) -> tuple[bytes, str]:
+def compile_text(text, architecture, *options, ptx=False):
     """Binary (or PTX) and log.
 
     Raises:
@@ -41,7 +38,7 @@ def compile_text(
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def resources(log: str) -> dict[str, tuple[int, int]]:
+def resources(log):
     """Registers and bytes of spilled registers of every kernel, from the log of
     ``--ptxas-options=-v``.
     """
@@ -51,7 +48,7 @@ def resources(log: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def _read(program: ctypes.c_void_p, what: str) -> bytes:
+def _read(program, what):
     nvrtc = _nvrtc()
     size = ctypes.c_size_t()
     nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
@@ -62,12 +59,12 @@ def _read(program: ctypes.c_void_p, what: str) -> bytes:
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL:
+def _nvrtc():
     return ctypes.CDLL(str(_library_path()))
 
 
 @functools.cache
-def _library_path() -> Path | None:
+def _library_path():
     try:
         package = importlib.util.find_spec("nvidia.cuda_nvrtc")
     except ModuleNotFoundError:  # no package "nvidia" at all
@@ -98,14 +95,14 @@ SIZES = {"neurons", "neurons_again"}  # 16 divides them, mostly
 
 
 def compiled(
-    kernel: str,
-    dtype: torch.dtype,
-    steps: int,
-    config: DLIFConfig,
+    kernel,
+    dtype,
+    steps,
+    config,
     *,
-    architecture: int = 90,
-    absent: tuple[str, ...] = (),
-) -> dict[str, str]:
+    architecture=90,
+    absent=(),
+):
     """Texts of ``dlif_forward`` or ``dlif_backward`` as the launcher has it, by the compiler's
     stage; ``absent`` names None pointers.
     """
@@ -128,7 +125,7 @@ def compiled(
     return triton.compile(source, target=target, options=options).asm
 
 
-def _type(name: str, constants: dict[str, object], dtype: torch.dtype) -> str:
+def _type(name, constants, dtype):
     if name in constants:
         return "constexpr"
     if name in SCALARS:

@@ -12,7 +12,6 @@ import sys
 import zlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,25 +29,25 @@ class Fenced:
 
     FENCE = 64
 
-    def __init__(self) -> None:
-        self.buffers: list[torch.Tensor] = []
+    def __init__(self):
+        self.buffers = []
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         return getattr(torch, name)
 
-    def empty(self, size: Any, *, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    def empty(self, size, *, dtype, device):
         length = torch.Size(size).numel() + 2 * self.FENCE
         self.buffers.append(torch.full((length,), torch.nan, dtype=dtype, device=device))
         return self.buffers[-1][self.FENCE : length - self.FENCE].view(size)
 
-    def check(self) -> None:
+    def check(self):
         for buffer in self.buffers:
             beside = torch.cat((buffer[: self.FENCE], buffer[-self.FENCE :]))
             assert beside.isnan().all(), "written outside of a tensor"
         self.buffers.clear()
 
 
-def run_table(backend: str, launcher: ModuleType, patch: pytest.MonkeyPatch) -> None:
+def run_table(backend, launcher, patch):
     """Every call of the table and what it does not hold; says what is running."""
     fence = Fenced()
     for module in (operator, launcher):
@@ -61,7 +60,7 @@ def run_table(backend: str, launcher: ModuleType, patch: pytest.MonkeyPatch) -> 
     print(f"checked {len(table)} cases")
 
 
-def in_a_network(backend: str) -> None:
+def in_a_network(backend):
     """A neuron, step by step and in one go."""
     x = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) * 2
     found = []
@@ -85,11 +84,11 @@ class FakeCuPy(ModuleType):
     launches. ``build`` makes of a text and a name what runs the kernel on the CPU.
     """
 
-    def __init__(self, build: Any, *, has_from_external: bool = True) -> None:
+    def __init__(self, build, *, has_from_external=True):
         super().__init__("cupy")
         self.__version__ = "0"
         self.build = build
-        self.log: list[Any] = []
+        self.log = []
         self.count = 1
         external = {}
         if has_from_external:
@@ -102,14 +101,14 @@ class FakeCuPy(ModuleType):
         )
 
     @contextlib.contextmanager
-    def entered(self, *what: Any) -> Any:
+    def entered(self, *what):
         self.log.append(("enter", *what))
         try:
             yield
         finally:
             self.log.append(("exit", *what))
 
-    def RawKernel(self, code: str, name: str, options: tuple[str, ...] = ()) -> Any:
+    def RawKernel(self, code, name, options=()):
         assert options == ("--std=c++17",)
         return Kernel(self, code, name)
 
@@ -117,22 +116,22 @@ class FakeCuPy(ModuleType):
 class Kernel:
     """``cupy.RawKernel``."""
 
-    def __init__(self, cupy: FakeCuPy, code: str, name: str) -> None:
+    def __init__(self, cupy, code, name):
         self.cupy = cupy
         self.code = code
         self.name = name
 
-    def compile(self) -> None:
+    def compile(self):
         self.cupy.log.append(("compile", self.name))
         self.run = self.cupy.build(self.code, self.name)
 
-    def __call__(self, grid: Any, block: Any, arguments: Any) -> None:
+    def __call__(self, grid, block, arguments):
         self.cupy.log.append(("launch", self.name, grid, block))
         order = len(self.cupy.log) // 5 % 3  # of the threads, which must not matter
         self.run(*grid, *block, *arguments, order=order)
 
 
-def install(fake: FakeCuPy, patch: pytest.MonkeyPatch) -> FakeCuPy:
+def install(fake, patch):
     """Take it for CuPy."""
     stream = SimpleNamespace(cuda_stream=0x1234)
     patch.setitem(sys.modules, "cupy", fake)
@@ -145,23 +144,23 @@ def install(fake: FakeCuPy, patch: pytest.MonkeyPatch) -> FakeCuPy:
     return fake
 
 
-def alone(code: str, name: str) -> tuple[str, str]:
+def alone(code, name):
     """The line of a kernel under a name of its own, and that name."""
     line = code.rstrip().rpartition("\n")[2]
     own = f"{name}_{zlib.crc32(line.encode())}"
     return line.replace(name, own), own
 
 
-def lines() -> list[str]:
+def lines():
     """The kernels that the table asks for: a first run, where the kernel for CPUs computes."""
     found = set()
 
-    def build(code: str, name: str) -> Any:
+    def build(code, name):
         found.add(alone(code, name)[0])
         return lambda *call, order: None
 
-    def also(ours: Any, plain: Any) -> Any:
-        def call(*arguments: Any) -> None:
+    def also(ours, plain):
+        def call(*arguments):
             ours(*arguments)
             plain(*arguments)
 
@@ -187,12 +186,12 @@ extern "C" __global__ void round_trip(const float* from, BFloat16* bits, float* 
 """
 
 
-def text() -> str:
+def text():
     """The CUDA text with all of them, and rounding to bfloat16 by itself."""
     return "\n".join([cupy_launch.kernel_text(), ROUND_TRIP, *lines(), ""])
 
 
-def rounds_bfloat16(library: shim.Library) -> None:
+def rounds_bfloat16(library):
     """Every bfloat16, the values half-way to the next, and their neighbours: as torch does."""
     steps = torch.tensor([0, 0x7FFF, 0x8000, 0x8001])
     bits = (torch.arange(-0x8000, 0x8000)[:, None] << 16) + steps
@@ -203,7 +202,7 @@ def rounds_bfloat16(library: shim.Library) -> None:
     calls.assert_equal(torch.from_numpy(back), values.bfloat16().float())
 
 
-def main(path: Path | None) -> None:
+def main(path):
     """Run all; AssertionError with what differs."""
     with pytest.MonkeyPatch.context() as patch:
         if path is None:
@@ -211,7 +210,10 @@ def main(path: Path | None) -> None:
         else:
             library = shim.Library(path)
             rounds_bfloat16(library)
-            build = lambda *kernel: functools.partial(library.launch, alone(*kernel)[1])  # noqa: E731
+
+            def build(code, name):
+                return functools.partial(library.launch, alone(code, name)[1])
+
             install(FakeCuPy(build), patch)
             run_table("cupy", cupy_launch, patch)
     if path is None:

@@ -52,7 +52,7 @@ _ERRORS = {
 _TYPES = {"p": np.int64, "q": np.int64, "i": np.int32, "f": np.float32}
 
 
-def missing_tool() -> str | None:
+def missing_tool():
     """Why nothing can be built here, or None."""
     for tool in ("g++", "nm"):
         if shutil.which(tool) is None:
@@ -60,7 +60,7 @@ def missing_tool() -> str | None:
     return None
 
 
-def build(text: str, directory: Path, *, sanitize: bool = False) -> Path:
+def build(text, directory, *, sanitize=False):
     """Shared library with an entry for every ``extern "C"`` kernel and DLIF_... line of the
     text.
     """
@@ -83,18 +83,18 @@ def build(text: str, directory: Path, *, sanitize: bool = False) -> Path:
 class Library:
     """The kernels of a library made by :func:`build`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self._library = ctypes.CDLL(str(path))
         self._shared = _shared_variables(path)
 
     @functools.cache  # noqa: B019  # a library lives as long as the tests
-    def signature(self, name: str) -> str:
+    def signature(self, name):
         """One letter per parameter: p pointer, q 64-bit, i 32-bit integer, f float."""
         function = self._library[f"signature_{name}"]
         function.restype = ctypes.c_char_p
         return function().decode()
 
-    def launch(self, name: str, grid: int, threads: int, *arguments, order: int = 0) -> None:
+    def launch(self, name, grid, threads, *arguments, order=0):
         """Run a kernel; arguments are arrays, or numpy scalars of the exact type."""
         values = []
         for argument, letter in zip(arguments, self.signature(name), strict=True):
@@ -112,7 +112,7 @@ class Library:
             raise RuntimeError(_ERRORS[status])
 
 
-def run_sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run_sanitized(command):
     """Run a command in which a library built with ``sanitize=True`` may be loaded; g++ says what
     has to be loaded before Python.
     """
@@ -127,7 +127,7 @@ def run_sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def _shared_variables(path: Path) -> list[tuple[str, int]]:
+def _shared_variables(path):
     """Names and sizes of the static variables that stand for shared memory."""
     command = ["nm", "-D", "-S", str(path)]
     environment = {**os.environ, "LD_PRELOAD": ""}

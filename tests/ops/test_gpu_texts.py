@@ -161,47 +161,10 @@ def test_device_and_stream_of_the_tensor_are_entered_and_left_on_errors(monkeypa
     assert fake.log == wanted + [("exit", *what) for what in reversed(entered)]
 
 
-@pytest.mark.parametrize(
-    ("T", "M", "dtype", "forward", "of_backward"),
-    [  # steps of a segment, whether there are more of them, neurons of a thread
-        (4, 520, F32, (4, False, 4), (4, False, 4)),
-        (3, 133, F32, (3, False, 1), (3, False, 1)),
-        (16, 70, F16, (16, False, 2), (16, False, 2)),
-        (16, 72, BF16, (16, False, 4), (16, False, 2)),
-        (32, 36, F32, (32, False, 4), (32, False, 1)),
-        (33, 68, F32, (1, True, 4), (16, True, 2)),
-    ],
-)
-def test_the_cuda_variant_of_a_call(monkeypatch, T, M, dtype, forward, of_backward):
-    launched = []
-    monkeypatch.setattr(cupy_launch, "_launch", lambda variant, *_, **__: launched.append(variant))
-    inputs = layer(T, M, dtype)
-    operator.forward(cupy_launch, inputs, store_v_seq=False)
-    backward(cupy_launch, inputs)
-    assert [(v.steps, v.is_long, v.vec) for v in launched] == [forward, of_backward]
-
-
-def test_the_vector_width_follows_the_alignment_too():
-    base = torch.zeros(64)
-    for offset, width in ((0, 4), (2, 2), (1, 1)):
-        tensors = base[:8], None, base[offset : offset + 8]
-        assert cupy_launch._vector_width(8, 4, *tensors) == width
-
-
 @pytest.mark.parametrize("threads", [0, 16, 100, 1056, -32])
 def test_the_block_size_is_checked(threads):
     with pytest.raises(ValueError, match=f"threads_per_block .* got {threads}"):
         cupy_launch.Launcher(threads_per_block=threads)
-
-
-@pytest.mark.parametrize(("steps", "dtype"), [(1, F32), (16, BF16), (17, BF16), (24, F32)])
-def test_segments_of_triton_cover_the_sequence_and_threads_move_at_most_16_bytes(steps, dtype):
-    for make in (triton_launch.forward_plan, triton_launch.backward_plan):
-        plan = make(dtype, steps, layer().config)
-        assert steps == plan.FIRST + plan.LATER * plan.SEGMENT
-        assert (plan.LATER == 0) == (steps <= triton_launch.LONGEST_SEQUENCE_IN_REGISTERS)
-        assert plan.BLOCK // (32 * plan.warps) * dtype.itemsize in (4, 8, 16)
-        assert plan.programs(3 * plan.BLOCK + 1) == 4
 
 
 @pytest.mark.parametrize("launcher", [triton_launch, cupy_launch])

@@ -65,30 +65,36 @@ def test_equals_the_reference(backend, case):
     check(case, backend)
 
 
-@pytest.mark.parametrize("case", [case for case in TABLE if np.prod(case.shape)], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in TABLE if case.shape > (0,) and len(case.shape) == 1], ids=str
+)
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_the_reference_is_bptt_by_hand_away_from_the_threshold(case, dtype):
     """A gradient looks at the whole sequence of its neuron, so only neurons certain to the last
     step count.
     """
     call = random_call((case.steps, *case.shape), dtype, seed=case.steps)
-    constants = case.neuron
-    del constants["surrogate"]
-    constants |= dict(zip(("kind", "alpha"), case.surrogate, strict=True))
-    expected = by_hand(*call, **constants)
-    outputs, gradients = run("reference", *call, **constants)
+    outputs, gradients = run("reference", *call, **case.neuron)
+    kind, alpha = case.surrogate
+    constants = {name: value for name, value in case.neuron.items() if name != "surrogate"}
+    expected = by_hand(*call, kind=kind, alpha=alpha, **constants)
     close = 1e-12 if dtype == F64 else 1e-5
     sure = away_from_threshold(expected.h, 0.8, 0.1 * close)[-1]
     assert sure.mean() > 0.999
-    np.testing.assert_array_equal(outputs.spikes[:, sure], expected.spikes[:, sure])
-    tolerance = {"rtol": 10 * close, "atol": 10 * close}
-    potentials = outputs.potentials[:, sure]
-    np.testing.assert_allclose(potentials, expected.potentials[:, sure], **tolerance)
-    np.testing.assert_array_equal(outputs.v, outputs.potentials[-1])
-    np.testing.assert_allclose(gradients.x[:, sure], expected.grad_x[:, sure], **tolerance)
-    np.testing.assert_allclose(gradients.v_init[sure], expected.grad_v_init[sure], **tolerance)
+    spikes, v, potentials = outputs
+    np.testing.assert_array_equal(spikes[:, sure], expected.spikes[:, sure])
+    np.testing.assert_array_equal(v, potentials[-1])
+    grad_x, grad_gain, grad_v_init = gradients
+    for found, wanted in (
+        (potentials, expected.potentials),
+        (grad_x, expected.grad_x),
+        (grad_v_init, expected.grad_v_init),
+    ):
+        np.testing.assert_allclose(
+            found[..., sure], wanted[..., sure], rtol=10 * close, atol=10 * close
+        )
     scale = np.abs(expected.grad_x).sum(1).max()
-    np.testing.assert_allclose(gradients.gain, expected.grad_gain, rtol=close, atol=close * scale)
+    np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=close, atol=close * scale)
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS], indirect=True)
@@ -144,11 +150,11 @@ def test_a_gradient_that_is_missing_is_zero(backend, used):
 
 
 def test_a_gain_may_lie_anywhere_in_memory(backend):
-    inputs, grads = random_call((4, 3, 50))
-    column = torch.stack((torch.zeros(4), inputs.gain, torch.ones(4)), 1)[:, 1]
-    for gain in (column, inputs.gain[:1].expand(4)):
-        found = run(backend, inputs._replace(gain=gain), grads, decay=0.9)
-        wanted = run(backend, inputs._replace(gain=gain.contiguous()), grads, decay=0.9)
+    (x, gain, v_init), grads = random_call((4, 3, 50))
+    column = torch.stack((torch.zeros(4), gain, torch.ones(4)), 1)[:, 1]
+    for one in (column, gain[:1].expand(4)):
+        found = run(backend, (x, one, v_init), grads, decay=0.9)
+        wanted = run(backend, (x, one.contiguous(), v_init), grads, decay=0.9)
         assert_equal(found, wanted)
 
 
@@ -427,7 +433,7 @@ class Elementwise(nn.Module):
 def test_gradcheck_with_a_smooth_spike(backend, v_reset):
     smooth = Surrogate("custom", function=Elementwise(lambda z: torch.sigmoid(2 * z)))
     call = {"decay": 0.8, "v_reset": v_reset, "surrogate": smooth, "store_v_seq": True}
-    leaves = [tensor.requires_grad_() for tensor in random_call((4, 3)).inputs]
+    leaves = [tensor.requires_grad_() for tensor in random_call((4, 3))[0]]
     assert torch.autograd.gradcheck(
         lambda *inputs: dlif_multi_step(*inputs, backend=backend, **call), leaves
     )
@@ -435,14 +441,9 @@ def test_gradcheck_with_a_smooth_spike(backend, v_reset):
 
 def test_a_surrogate_of_ones_own_equals_the_one_compiled_in():
     own = Surrogate("custom", function=Elementwise(host.PiecewiseQuadratic(1.0)))
-    inputs, grads = random_call((5, 9))
-    found = []
-    for surrogate in (own, Surrogate()):
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        call = {"surrogate": surrogate, "store_v_seq": True, "backend": "eager"}
-        outputs = dlif_multi_step(*leaves, decay=0.9, **call)
-        found.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
-    assert_close(*found)
+    call = random_call((5, 9))
+    found, wanted = (run("eager", *call, decay=0.9, surrogate=one) for one in (own, Surrogate()))
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("kind", HOST_NAMES)

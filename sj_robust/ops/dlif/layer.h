@@ -1,12 +1,25 @@
-// Batch norm in front of DLIF, for one instruction set: the per-channel numbers of a block are laid
-// out beside its neurons, so that planes of any size, down to one element, run through the same
-// code.
-#include "../dlif/blocks.h"
+// DLIF on x itself or behind a batch norm, for one instruction set.
+#include "blocks.h"
 
 namespace sjr {
 namespace SJR_SET {
 namespace {
 
+template <class C>
+struct Plain {
+  static constexpr bool WRITES = true;
+  static constexpr bool SUMS = true;
+  void enter(const Block<BLOCK<C>>&) {}
+  void leave(const Block<BLOCK<C>>&) {}
+  SJR_TARGET_INLINE Vec<C> input(Vec<C> x, int) const { return x; }
+  template <bool STREAM>
+  SJR_TARGET_INLINE void emit(C* gx, Vec<C> g, Vec<C>, int) {
+    put<STREAM>(gx, g);
+  }
+};
+
+// The per-channel numbers of a block are laid out beside its neurons, so that planes of any size,
+// down to one element, run through the same code.
 // GRADIENT: writes the gradient of x. TOTALS: adds up the sums per channel that the other gradients
 // are made of.
 template <class C, bool GRADIENT, bool TOTALS>
@@ -130,57 +143,26 @@ struct Normalised {
   }
 };
 
-// The tables lie behind the scratch of the blocks.
-template <class C>
-void* tables(const Job& job, void* memory) {
-  return static_cast<char*>(memory) + blocks_bytes(job);
-}
-
+// The tables of a batch norm lie behind the scratch of the blocks.
 int64_t scratch_bytes(const Job& job) {
   return blocks_bytes(job) + 7 * ROWS * SJR_VECTOR_BYTES;
 }
 
-template <class S, class C>
-void normalised_forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  Normalised<C, true, false> norm(job, tables<C>(job, memory), nullptr);
-  forward_range<S, C>(job, first, last, memory, norm);
-}
-
-template <class S, class C, bool GRADIENT, bool TOTALS>
-void normalised_backward(const Job& job,
-                         int64_t first,
-                         int64_t last,
-                         void* memory,
-                         double* gain_sums,
-                         double* channel_sums) {
-  Normalised<C, GRADIENT, TOTALS> norm(job, tables<C>(job, memory), channel_sums);
-  backward_range<S, C>(job, first, last, memory, gain_sums, norm);
-}
-
-// Writes the gradient of x where there is room for it, and the sums where they are asked for.
-template <class S, class C>
-void normalised_backward(const Job& job,
-                         int64_t first,
-                         int64_t last,
-                         void* memory,
-                         double* gain_sums,
-                         double* channel_sums) {
-  if (!job.gx) {
-    return normalised_backward<S, C, false, true>(
-        job, first, last, memory, gain_sums, channel_sums);
-  }
-  if (job.channel_sums) {
-    return normalised_backward<S, C, true, true>(job, first, last, memory, gain_sums, channel_sums);
-  }
-  return normalised_backward<S, C, true, false>(job, first, last, memory, gain_sums, channel_sums);
-}
-
 void forward(const Job& job, int64_t first, int64_t last, void* memory) {
   with_types(job, [&](auto s, auto c) {
-    normalised_forward<decltype(s), decltype(c)>(job, first, last, memory);
+    using S = decltype(s);
+    using C = decltype(c);
+    if (job.scale) {
+      Normalised<C, true, false> norm(job, static_cast<char*>(memory) + blocks_bytes(job), nullptr);
+      forward_range<S, C>(job, first, last, memory, norm);
+    } else {
+      Plain<C> plain;
+      forward_range<S, C>(job, first, last, memory, plain);
+    }
   });
 }
 
+// Writes the gradient of x where there is room for it, and the sums where they are asked for.
 void backward(const Job& job,
               int64_t first,
               int64_t last,
@@ -188,8 +170,21 @@ void backward(const Job& job,
               double* gain_sums,
               double* channel_sums) {
   with_types(job, [&](auto s, auto c) {
-    normalised_backward<decltype(s), decltype(c)>(
-        job, first, last, memory, gain_sums, channel_sums);
+    using S = decltype(s);
+    using C = decltype(c);
+    const auto with = [&](auto coupling) {
+      backward_range<S, C>(job, first, last, memory, gain_sums, coupling);
+    };
+    void* const tables = static_cast<char*>(memory) + blocks_bytes(job);
+    if (!job.scale) {
+      with(Plain<C>());
+    } else if (!job.gx) {
+      with(Normalised<C, false, true>(job, tables, channel_sums));
+    } else if (job.channel_sums) {
+      with(Normalised<C, true, true>(job, tables, channel_sums));
+    } else {
+      with(Normalised<C, true, false>(job, tables, channel_sums));
+    }
   });
 }
 
@@ -265,24 +260,19 @@ void add_pixels(const S* x, const C* shift, int64_t channels, int64_t plane, dou
   }
 }
 
-template <class S, class C>
-void add_each_sample(const Job& job, int64_t first, int64_t last, double* sums) {
-  const int64_t size = job.channels * job.plane;
-  const auto add = job.channels_last ? add_pixels<S, C> : add_planes<S, C>;
-  for (int64_t i = first; i < last; ++i) {
-    add(static_cast<const S*>(job.x) + i * size,
-        static_cast<const C*>(job.mean),
-        job.channels,
-        job.plane,
-        sums);
-  }
-}
-
 void add_samples(const Job& job, int64_t first, int64_t last, double* sums) {
+  const int64_t size = job.channels * job.plane;
   with_types(job, [&](auto s, auto c) {
-    add_each_sample<decltype(s), decltype(c)>(job, first, last, sums);
+    using S = decltype(s);
+    using C = decltype(c);
+    const auto add = job.channels_last ? add_pixels<S, C> : add_planes<S, C>;
+    for (int64_t i = first; i < last; ++i) {
+      add(at<S>(job.x, i * size), at<C>(job.mean, 0), job.channels, job.plane, sums);
+    }
   });
 }
+
+const Code layer = {forward, backward, scratch_bytes, add_samples};
 
 }  // namespace
 }  // namespace SJR_SET
