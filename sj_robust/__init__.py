@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust.evaluation import evaluate
     from sj_robust.neuron import DLIFNode, replace_neurons
     from sj_robust.perturbation import MPPDMonitor, compare_potentials
-    from sj_robust.perturbation.gains import perturbation_gains
     from sj_robust.proofs import verify
+    from sj_robust.proofs.gains import perturbation_gains
     from sj_robust.training import finetune
 
 __all__ = [
@@ -53,7 +53,7 @@ _HOMES = {
     "compare_potentials": "perturbation",
     "evaluate": "evaluation",
     "finetune": "training",
-    "perturbation_gains": "perturbation.gains",
+    "perturbation_gains": "proofs.gains",
     "replace_neurons": "neuron",
     "verify": "proofs",
 }

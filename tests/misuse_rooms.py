@@ -4,7 +4,7 @@ the class of the error and the argument that its message names.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ from torchvision.transforms import ToPILImage
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
-from sj_robust.data import Augmentation, load_images
+from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
+from sj_robust.data.stored import contents
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, SurrogateOverlap
+from sj_robust.defences.stog import GateRates
 from sj_robust.models import ConvChain, NetworkSpec, build_classifier
 from sj_robust.models.chain import FullyConnected
 from sj_robust.perturbation import (
@@ -28,7 +30,8 @@ from sj_robust.perturbation import (
     tasad,
 )
 from sj_robust.perturbation.dynamics import full_perturbation, spike_train_distance
-from sj_robust.perturbation.gains import (
+from sj_robust.perturbation.intensity import intensity_correlation
+from sj_robust.proofs.gains import (
     gain_penalty,
     input_maps,
     l2_gain,
@@ -37,13 +40,16 @@ from sj_robust.perturbation.gains import (
     peak_gain,
     printed_gain,
 )
-from sj_robust.perturbation.intensity import intensity_correlation
 from sj_robust.training import (
     CertifiedOptions,
+    ForwardPasses,
     GradientSparsity,
     Objective,
+    StabilityGain,
+    TemporalOrthogonality,
     ThresholdGuarding,
     TrainingPlan,
+    WeightMagnitude,
     finetune,
     retract_,
     training_attack,
@@ -117,6 +123,15 @@ def certified(**changes):
     return objective(**{"loss": "certified", "certified_eps": 0.1} | changes)
 
 
+def penalised(penalty, net=None):
+    """One forward of the objective with a penalty that does not fit the network."""
+    model = SpikingClassifier(net or linear(), T=T, takes="sequence")
+    passes = ForwardPasses(model, Y[:2], X[:2], None, None, None)
+    with penalty.observe(model):
+        logits = model(X[:2])
+    penalty.value(replace(passes, logits=logits.requires_grad_()))
+
+
 def flips(**changes):
     return certified(certified_options=CertifiedOptions(norm="L0", **changes))
 
@@ -174,6 +189,7 @@ retraction = partial(retract_, nn.Linear(2, 2))
 frames = partial(CertifiedOptions, norm="moves")
 digits = partial(load_images, "digits")
 saccades = partial(load_images, "saccade:digits")
+batches = partial(ShuffledBatches, 23, seed=0)
 overlap = partial(SurrogateOverlap, 1.0)
 chain = partial(ConvChain, (1, 8, 8), 10, T=4, spiking_neuron=DLIFNode)
 connected = partial(FullyConnected, (1, 4, 4), 3, T=2, spiking_neuron=DLIFNode)
@@ -204,6 +220,10 @@ def thresholds(values=(0.2, 0.4), name="thresholds", **changes):
 
 def augmented(shape, seed, name):
     return Misuse(lambda: Augmentation()(torch.rand(shape), [seed]), {}, name=name)
+
+
+def rotated(images):
+    Augmentation(scale=0.1)(images, [1])
 
 
 MISUSE = [
@@ -295,6 +315,18 @@ MISUSE = [
     *rows(crafted, {"noise_std": 0.0}, {"step_size": 0.0}, {"steps": 0}, {"eps": 8}),
     *rows(GradientSparsity, {"weight": -1.0}, {"h": 0.0, "weight": 1.0}),
     *rows(ThresholdGuarding, {"weight": NAN}, {"margin": 0.0, "weight": 1.0}),
+    *(
+        Misuse(penalised, {"penalty": penalty}, (ValueError, TypeError, RuntimeError), name)
+        for penalty, name in {
+            ThresholdGuarding(1.0, layers=["9"]): "9",
+            SurrogateOverlap(1.0, layers=["9"]): "9",
+            TemporalOrthogonality(1.0): "OrthogonalEncoder",
+            GateRates(1.0): "StochasticGate",
+            StabilityGain(1.0): "DLIF",
+        }.items()
+    ),
+    Misuse(penalised, {"penalty": WeightMagnitude(1.0), "net": nn.Flatten(2)}, name="l1"),
+    Misuse(penalised, {"penalty": ThresholdGuarding(1.0), "net": Unknown()}, name="Unknown"),
     *rows(retraction, {"beta": -0.1}, {"beta": math.inf}, {"beta": NAN}),
     *rows(
         monitor,
@@ -421,6 +453,16 @@ MISUSE = [
     ),
     Misuse(digits, {"train_limit": 5}, name="validation_fraction"),
     *rows(digits, {"train_limit": 1.5}, {"test_limit": "5"}, error=TypeError),
+    *(Misuse(digits, {"augment": whole}, name="cutout") for whole in (True, Augmentation())),
+    *rows(digits, {"augment": 1}, {"augment": "yes"}, {"augment": {"scale": 1}}, error=TypeError),
+    *rows(
+        saccades,
+        {"augment": Augmentation(rotation=5), "T": 2},
+        {"augment": Augmentation(scale=0.1), "T": 2},
+    ),
+    *rows(batches, {"batch_size": 24}, {"batch_size": 4, "processes": 3}),
+    *rows(partial(image_loader, STRIPES.train, 1), {"workers": -1}),
+    Misuse(contents, {"images": []}, TypeError),
     Misuse(load_images, {"name": "imagenet"}, name="fashion_mnist"),
     *rows(saccades, {"T": None}, {"T": 0}, {"T": True}, {"T": 49}),
     *rows(
@@ -441,6 +483,7 @@ MISUSE = [
         error=TypeError,
     ),
     augmented((2, 1, 8, 8), 1, "seed"),
+    Misuse(rotated, {"images": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, TypeError),
     augmented((1, 8, 8), 1, "[N, C, H, W]"),
     augmented((1, 1, 8, 8), -1, "seeds"),
 ]

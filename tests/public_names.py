@@ -41,7 +41,7 @@ PUBLIC = {
         "IntensityCorrelation MPPDMonitor compare_potentials intensity_correlation "
         "membrane_potential ms_mppd simplified_perturbation spike_traces tasad"
     ),
-    "sj_robust.perturbation.gains": (
+    "sj_robust.proofs.gains": (
         "Certificate gain_penalty input_maps l2_gain l2_gain_limit optimal_input_gain peak_gain "
         "perturbation_gains printed_gain"
     ),

@@ -26,8 +26,7 @@ LIBRARY = [
     {"_version", "core", "ops"},
     {"neuron"},
     {"classifier"},
-    {"attacks", "defences", "estimators", "proofs"},
-    {"perturbation"},
+    {"attacks", "defences", "estimators", "perturbation", "proofs"},
     {"data", "models"},
     {"evaluation"},
     {"training"},
@@ -236,7 +235,7 @@ def test_the_package_is_light_and_imports_compiler_matplotlib_and_data_sets_when
 @pytest.mark.slow
 def test_what_needs_torch_alone_imports_without_extras_and_what_draws_when_it_draws():
     drawing = {f"sj_robust.evaluation.report.{name}" for name in ("figures", "page", "terminal")}
-    needed = {"sj_robust.evaluation.assess", "sj_robust.perturbation.gains.certificate"}
+    needed = {"sj_robust.evaluation.assess", "sj_robust.proofs.gains.certificate"}
     assert drawing | needed <= set(said_by(WITHOUT_EXTRAS).split())
 
 

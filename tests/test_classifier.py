@@ -272,9 +272,7 @@ def test_encoding_comes_before_normalisation():
     ],
 )
 def test_wrong_options(options, match):
-    """More of it stands in docs/mistakes.md, whose messages are compared by
-    test_newcomer_mistakes.py.
-    """
+    """More of it is in test_newcomer_mistakes.py."""
     with pytest.raises(ValueError, match=match):
         SpikingClassifier(make_net(), **options)
 

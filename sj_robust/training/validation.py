@@ -36,13 +36,12 @@ from sj_robust.evaluation.run.variant import Variant
 from sj_robust.models.weights import read_weights
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation.gains import perturbation_gains
-from sj_robust.perturbation.gains.design import gain_scalars
 from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import TrainedMethod
+from sj_robust.proofs.gains import perturbation_gains
+from sj_robust.proofs.gains.design import gain_scalars
 from sj_robust.proofs.verification import NormName
-from sj_robust.training.history import EpochRecord, catastrophic_overfitting
-from sj_robust.training.journal import Journal
+from sj_robust.training.journal import EpochRecord, Journal, catastrophic_overfitting
 from sj_robust.training.modes import NOISE
 from sj_robust.training.processes import mixed
 

@@ -137,7 +137,7 @@ def test_wrong_use_and_a_missing_package_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     with pytest.raises(ConnectionError, match="nowhere.invalid cannot be reached"):
         PROVED.push_to_hub("someone/net", endpoint="http://nowhere.invalid")
-    with pytest.raises(Exception, match="http://") as caught:  # the client's own
+    with pytest.raises(Exception, match="htt?p:/") as caught:  # the client's own
         PROVED.push_to_hub("someone/net", endpoint="htp:/nowhere")
     assert not isinstance(caught.value, ConnectionError)
     monkeypatch.setattr(hub, "find_spec", lambda name: None)

@@ -55,7 +55,7 @@ def test_it_breaks_what_the_search_does_not_and_nothing_that_is_verified():
 
 @pytest.mark.parametrize("limit", ["_SPIKES", "nodes"])
 def test_its_work_is_limited(limit, monkeypatch):
-    model, x, y = two_layers([11])
+    model, x, y = two_layers(HARD[:1])
     if limit == "_SPIKES":
         monkeypatch.setattr(module, "_SPIKES", 2 * (2 * 64 + 4 * 16) - 1)
         assert torch.equal(program(model, x, y, eps=EPS), x)

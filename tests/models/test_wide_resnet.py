@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from sj_robust import DLIFNode
 from sj_robust.models import WideResNet
 from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock
-from sj_robust.training.regularization import retract_
+from sj_robust.training.penalties import retract_
 
 PUBLISHED = {"wrn16_4": 2_748_890, "wrn28_10": 36_479_194}
 """Parameters of the published networks, without mixing coefficients."""

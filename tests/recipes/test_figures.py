@@ -9,11 +9,12 @@ from shlex import split
 import figures
 import numpy as np
 import pytest
+import sweep
 import torch
 from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw, load_figure
-from lab.sweeping.record import RECORD_FILE, RunRecord
+from lab.sweeping.runs import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from oracle import dlif_forward
@@ -26,7 +27,7 @@ from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 from sj_robust.training import save_checkpoint
-from sj_robust.training.history import EpochRecord
+from sj_robust.training.journal import EpochRecord
 
 HISTORY = [
     EpochRecord(
@@ -232,17 +233,11 @@ def test_figures_fit_print(data):
 
 
 def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
-    for rho in (0.0, 1.0, 4.0):
-        for seed in (0, 1):
-            folder = tmp_path / "runs" / f"{rho:g}-{seed}"
-            folder.mkdir(parents=True)
-            counts = {
-                "clean": {"correct": 90 + seed, "total": 100},
-                "pgd20": {"correct": 50 + int(rho), "total": 100},
-            }
-            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(
-                folder / RECORD_FILE
-            )
+    (tmp_path / "sweep.yaml").write_text("{base: digits, grid: {rho: [0, 1, 4]}, seeds: 2}")
+    for run in sweep.plan(sweep.parse(["--output", str(tmp_path)]), tmp_path).runs:
+        run.folder.mkdir(parents=True)
+        counts = {name: {"correct": 50, "total": 100} for name in ("clean", "pgd20")}
+        RunRecord(run.name, run.options, counts).save(run.folder / RECORD_FILE)
     figures.main([str(tmp_path)])
     found = {path.name for path in (tmp_path / "figures").iterdir()}
     assert found == {
@@ -259,7 +254,7 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
     ("options", "error", "reason"),
     [
         ("empty --which gains", FileNotFoundError, "no best.pt in"),
-        ("empty", FileNotFoundError, "holds no runs/.*/run.json; make a sweep"),
+        ("empty", FileNotFoundError, "holds no sweep.yaml"),
         ("plain --which curves", ValueError, "holds no training history"),
         ("broken --which gains", ValueError, "cannot be read as a checkpoint"),
         ("plain --which gains", ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),

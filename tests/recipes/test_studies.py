@@ -18,7 +18,7 @@ from sj_robust.training import save_checkpoint
 STUDIES = ROOT / "recipes" / "studies"
 RESULTS = ROOT / "docs" / "results"
 SHIPPED = ROOT / "sj_robust" / "models" / "trained"
-PAGES = ("defences_tables", "networks_tables", "pretrained", "proved_tables", "record", "rounds")
+PAGES = ("defences_tables", "networks", "pretrained", "proved_tables", "record", "rounds")
 PAGES += ("standard",)
 SHORT = "--test-limit 4 --no-control --batch-size 4"
 SMALL = {
@@ -35,7 +35,6 @@ SMALL = {
         "seconds": 1.0,
     },
     "networks": {"names": ("single steps, one layer",)},
-    "networks_tables": {},
     "pretrained": {"names": ("digits/lif",), "more": SHORT},
     "proof_times": {"rounds": 1, "images": 3, "zoo": "small"},
     "proved": {"data": "digits", "images": 8},
@@ -59,7 +58,7 @@ WRITES = {
     "spikes_case": ["spikes_case.csv", "picture.png"],
     "standard": ["standard.csv"],
 }
-FROM_FILES = ("defences", "defences_pictures", "defences_tables", "networks_tables")
+FROM_FILES = ("defences", "defences_pictures", "defences_tables")
 FROM_FILES += ("proved_tables", "record")
 """Studies that read the CSV files of the pages."""
 

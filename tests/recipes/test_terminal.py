@@ -12,7 +12,7 @@ import launch
 import pytest
 from evaluation.recipe_run import undrawn
 from evaluation.short_suite import shortened
-from lab.sweeping.record import RECORD_FILE, RunRecord
+from lab.sweeping.runs import RECORD_FILE, RunRecord
 from launch import RECIPES, ROOT
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")

@@ -19,7 +19,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.data import ShuffledBatches
 from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.neuron.fusion import plain_names
-from sj_robust.perturbation.gains import l2_gain, peak_gain
+from sj_robust.proofs.gains import l2_gain, peak_gain
 from sj_robust.training import (
     GradientSparsity,
     Journal,
@@ -27,9 +27,8 @@ from sj_robust.training import (
     ThresholdGuarding,
     TrainingInterrupted,
     _run,
-    compilation,
     load_checkpoint,
-    memory_order,
+    processes,
     retract_,
 )
 
@@ -393,7 +392,7 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
     attacks = {"fgsm": small_run.ATTACK, "pgd": small_run.ATTACK}
     options = {"epochs": 1, "data": small_run.splits(16), "attacks": attacks}
     plain, _ = small_run.run(tmp_path / "plain", **options)
-    monkeypatch.setattr(compilation, "_BACKEND", backend)
+    monkeypatch.setattr(processes, "_BACKEND", backend)
     history, classifier = small_run.run(tmp_path / "compiled", **options, compile=True)
     assert calls
     assert history[0].losses == pytest.approx(plain[0].losses, rel=1e-5)
@@ -409,9 +408,9 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
 def test_only_a_network_that_runs_all_steps_at_once_is_reset_in_the_graph(
     monkeypatch, takes, reached
 ):
-    monkeypatch.setattr(compilation, "_BACKEND", "eager")
+    monkeypatch.setattr(processes, "_BACKEND", "eager")
     net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
-    with compilation.compiled(net, takes=takes):
+    with processes.compiled(net, takes=takes):
         net(torch.rand(2, 1, 3))
         assert net[1].time_step == reached
     assert "forward" not in vars(net)
@@ -423,7 +422,7 @@ def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
     def backend(graph, example_inputs):
         raise OSError("no compiler here")
 
-    monkeypatch.setattr(compilation, "_BACKEND", backend)
+    monkeypatch.setattr(processes, "_BACKEND", backend)
     with pytest.raises(ValueError, match=r"compile=True, but .* no compiler here.*compile=False"):
         small_run.run(tmp_path, epochs=1, perturb=None, compile=True)
 
@@ -489,8 +488,8 @@ def test_memory_order_is_measured_in_half_precision(monkeypatch, half_precision,
         now[0] += 2.0 if order == slow else 1.0
 
     classifier.register_forward_pre_hook(run)
-    monkeypatch.setattr(memory_order, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    chosen = memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
+    monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    chosen = processes.choose_channels_last(classifier, images, half_precision, seed=0)
     assert chosen == (slow == "channels first")
     assert now[0] > 0
     for name, value in classifier.state_dict().items():
@@ -500,7 +499,7 @@ def test_memory_order_is_measured_in_half_precision(monkeypatch, half_precision,
         assert parameter.grad is None
     half_precision.mixed_precision = "no"  # in float32 nothing is measured
     now[0] = 0.0
-    assert not memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
+    assert not processes.choose_channels_last(classifier, images, half_precision, seed=0)
     assert now[0] == 0
 
 
