@@ -192,6 +192,24 @@ def test_images_of_sapgd_follow_its_recursion(steps):
     torch.testing.assert_close(quadratic_loss(x_adv, y), expected)
 
 
+def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_step():
+    losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 5.0] + [0.0] * 15)  # four of five steps raise it
+
+    def loss(logits, y):
+        height = logits.sum(1)
+        return next(losses) + height - height.detach()
+
+    model = Recorder(lambda x: x)
+    x = torch.full((1, 40), 0.5)
+    label = torch.zeros(1, dtype=torch.int64)
+    apgd(model, x, label, eps=0.1, steps=20, loss=loss, keep_best=False, generator=seeded())
+    start = model.seen[0]
+    torch.testing.assert_close(model.seen[5], x + 0.1)
+    there = (start + 0.1).clamp(max=0.6)
+    moved = start + 0.75 * (there - start) + 0.25 * (start - model.seen[4])
+    torch.testing.assert_close(model.seen[6], moved.clamp(0.4, 0.6))
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_the_start_lies_on_the_border_of_the_ball(norm):
     model = Recorder(lambda x: x)

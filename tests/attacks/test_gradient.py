@@ -1,5 +1,6 @@
 """Noises and gradient attacks against distributions and optima worked out by hand."""
 
+import itertools
 import math
 from functools import partial
 
@@ -158,7 +159,7 @@ def valley(offset: float):
     return two_classes(lambda x: 10 * (x - 0.5).abs().flatten() + offset)
 
 
-@pytest.mark.parametrize("offset", [-0.2, 1.0], ids=["fooling iterate", "highest loss"])
+@pytest.mark.parametrize("offset", [-0.2, 1.0, -2.0], ids=["fooling", "highest loss", "both"])
 def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
     x = torch.tensor([[0.4]])
     y = torch.tensor([1])
@@ -313,6 +314,14 @@ def test_eot_averages_the_gradients_of_its_forwards(attack):
     reached = model.seen[-1] if attack is apgd else x_adv
     expected = x + moved * min(1.0, 0.1 / moved.norm().item())
     torch.testing.assert_close(reached, expected)
+
+
+def test_images_are_judged_by_the_mean_of_their_forwards():
+    leads = itertools.cycle([-0.1, 1.0])
+    model = two_classes(lambda x: next(leads) + 0 * x.sum(1))
+    x = torch.full((3, 2), 0.5)
+    x_adv = apgd(model, x, torch.ones(3, dtype=torch.int64), eps=0.1, steps=2, eot_samples=2)
+    assert (x_adv != x).any(1).all()  # none was wrong already
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
