@@ -283,7 +283,7 @@ class _Draws:
     def check_kept(self) -> None:
         """Raise ValueError if a forward has changed what the network's modules hold."""
         if self._kept is not None:
-            check_unchanged(self._kept)
+            check_unchanged(self.model, self._kept)
 
     def _logits(self, noisy: Tensor, own: SampleSeeds, start: int) -> Tensor:
         """Logits [draws, classes] of noisy images, the first of which is draw ``start``."""

@@ -124,14 +124,18 @@ def check_kept(model: Callable[[Tensor], Tensor], images: Tensor) -> Snapshot:
     """
     with torch.no_grad():
         model(images.clone())
+        if isinstance(model, nn.Module):
+            functional.reset_net(model)
         before = Snapshot(model, strict=True)
         model(1.0 - images)
-    check_unchanged(before)
+    check_unchanged(model, before)
     return before
 
 
-def check_unchanged(before: Snapshot) -> None:
-    """Raise UnprovableError, with the names, if values of a network have changed. 网络未被改变。"""
+def check_unchanged(model: object, before: Snapshot) -> None:
+    """Raise UnprovableError, with the names, if what a network holds has changed. 网络未被改变。"""
+    if isinstance(model, nn.Module):
+        functional.reset_net(model)
     changed = before.changed()
     if changed:
         raise UnprovableError(

@@ -3,6 +3,7 @@ by any method, and what has no bounds is refused.
 """
 
 import contextlib
+import itertools
 import random
 from functools import partial
 
@@ -358,6 +359,7 @@ STATEMENTS = {
     "number of samples": (lambda x: x / x.shape[1], "samples"),
     "order of samples": (lambda x: x.flip(1), "samples"),
     "weights of samples": (lambda x: x * torch.arange(x.shape[1]).view(1, -1, 1), "samples"),
+    "shifts of samples": (lambda x: x + torch.arange(x.shape[1]).view(1, -1, 1), "samples"),
     "product of samples": (lambda x: x @ x.transpose(-1, -2), "samples"),
 }
 
@@ -451,6 +453,18 @@ def has_no_graph(x):
     return not torch.is_grad_enabled()
 
 
+def late():
+    """A network of which some forwards leave all as it is."""
+    calls = itertools.count()
+
+    def forward(net, x):
+        if next(calls) > 12:
+            net.unused.weight.data.add_(1.0)
+        return logits(net, x)
+
+    return three(forward, unused=nn.Linear(1, 1))
+
+
 def lowered(x):
     with torch.autocast("cpu", torch.bfloat16):
         return 1.0 * (x @ torch.ones(3, 3)).float()
@@ -492,6 +506,7 @@ REFUSED = {
         ).eval(),
         "samples",
     ),
+    "a change after some forwards": (late, "must not change during a forward"),
     "no classifier": (nn.Flatten, "wrap the network"),
     "training mode": (
         lambda: three(logits, fc=AlwaysTraining(3, 3)),

@@ -4,12 +4,12 @@ the formulas written out in joint_by_hand, and no input leaves them.
 
 import random
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from covering import mostly_slow
+from covering import each_in_turn, mostly_slow
 from proofs import fuzz, joint_by_hand
 from proofs.collected import no_collection, tensors_of_cycles
 from proofs.formulas import formula
@@ -172,10 +172,7 @@ def gradients(model, lead, y):
     return dict(zip(named, found, strict=True))
 
 
-WIDTHS = list(product(BY_HAND, [1.0, 0.5]))
-
-
-@pytest.mark.parametrize(("node", "width"), mostly_slow(WIDTHS, quick=WIDTHS[::3]))
+@pytest.mark.parametrize(("node", "width"), each_in_turn(BY_HAND, [1.0, 0.5]))
 def test_gradients_are_those_of_the_formulas(node, width):
     model = of_linear_layers(BY_HAND[node], 3)
     assert_formulas(model, width)

@@ -380,7 +380,7 @@ def test_values_that_a_forward_sets_again_as_they_were_are_no_change():
     node = neuron.LIFNode(step_mode="m", store_v_seq=True)
     model = SpikingClassifier(nn.Sequential(first, node, nn.Linear(6, 3)), T=3).eval()
     x = torch.rand(3, 4)
-    soundness.check_unchanged(soundness.check_kept(model, x))
+    soundness.check_unchanged(model, soundness.check_kept(model, x))
 
 
 class Flags(nn.Module):
