@@ -3,8 +3,6 @@
 import csv
 import io
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -154,22 +152,6 @@ def read_back(text):
         return commands[match[1]] if match[1] else match[2]
 
     return re.sub(pattern, letter, text)
-
-
-COMPILER = shutil.which("tectonic") or shutil.which("pdflatex")
-
-
-@pytest.mark.skipif(COMPILER is None, reason="needs pdflatex or tectonic")
-def test_latex_compiles(one, tmp_path):
-    table = one.to_latex()
-    head = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
-    (tmp_path / "paper.tex").write_text(f"{head}\n{table}\n\\end{{document}}\n")
-    command = [COMPILER, "paper.tex"]
-    if "pdflatex" in COMPILER:
-        command.insert(1, "-halt-on-error")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert (tmp_path / "paper.pdf").is_file()
 
 
 @pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas, of the extra test")
