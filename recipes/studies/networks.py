@@ -88,7 +88,7 @@ def tables(folder: Path) -> dict[str, str]:
     """What works with which network, and what is proved and attacked."""
     found = read_table(folder / "networks.csv")
     measured = read_table(folder / "networks_measured.csv")
-    heads = ["network", "SpikingJelly", "takes", "returns", *TITLES.values()]
+    heads = ["network", "SpikingJelly", "takes", *TITLES.values()]
     works = markdown_table(heads, grouped(found), words=len(heads))
     heads = ["SpikingJelly", "networks", "bounded", "both proved", "CPU s"]
     heads += ["attacked", "still correct", "CPU s"]
@@ -107,7 +107,7 @@ def grouped(found: list[Row]) -> list[list[str]]:
         called = rows[0]["takes"]
         kinds = [kind for start, kind in TAKES.items() if called.startswith(start)]
         shown = ["both" if len(there) == len(releases) else ", ".join(there)]
-        shown += [kinds[0], called.partition("returns ")[2]] if kinds else ["no", "no"]
+        shown.append(kinds[0] if kinds else "no")
         shown += [short(rows, column) for column in TITLES]
         of_zoo = name[0].isupper()
         names.setdefault((of_zoo, tuple(shown)), []).append(name)

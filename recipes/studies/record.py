@@ -53,16 +53,14 @@ def is_here(row: Row) -> bool:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """For each data set and radius the most proved published network of each kind and our own,
-    these in bold.
-    """
+    """For each data set and radius the most proved published network, and our own in bold."""
     rows = read_table(folder / "certified" / "record.csv")
     heads = ["data, radius", "network", "kind", "source", "clean, %", "proved, %", "attacked, %"]
     cells = []
     for (title,), of_task in groups([{"task": task(row)} | row for row in rows], "task").items():
         kinds = set()
         for row in sorted(of_task, key=lambda row: float(row["proved"] or 0), reverse=True):
-            kind = row["kind"] if row["proved"] else "not proved"
+            kind = "proved" if row["proved"] else "not proved"
             if kind in kinds and not is_here(row):
                 continue
             kinds |= set() if is_here(row) else {kind}

@@ -169,7 +169,8 @@ ATTACKS = {
 ON_IMAGES = {
     "square": Attack(square, {"queries": 60}),
     "square_l2": Attack(square, {"queries": 60, "norm": "L2"}, "L2"),
-    "autoattack": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
+    "autoattack": Attack(autoattack, {"attacks": ["apgd-ce"]}),
+    "autoattack_fab": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
     "autoattack_l2": Attack(autoattack, {"norm": "L2", "attacks": ["apgd-t"]}, "L2"),
     "autoattack_plus": Attack(autoattack, {"version": "plus", "attacks": ["fab"]}),
     "autoattack_rand": Attack(autoattack, {"version": "rand", "attacks": ["apgd-dlr"]}),

@@ -23,9 +23,8 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, spike_search
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import MOVES, Moves, Place
-from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import Plan
-from sj_robust.attacks.spike_search import searched
+from sj_robust.attacks.spike_search import quicker, searched
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.core.host import functional
 from sj_robust.defences import HomeostaticNode
@@ -447,13 +446,3 @@ def test_a_network_that_repeats_its_numbers_is_searched(source):
     x = torch.rand(3, 1, 6, 6, generator=seeded())
     model = Quiet(source)
     spike_search(model, x, predicted(model, x), eps=0.1, starts=[x], forwards=50, moves=["patch"])
-
-
-def test_a_bare_network_of_sequences_is_told_what_to_wrap_it_in():
-    net = nn.Sequential(layer.Conv2d(1, 2, 3, step_mode="m"), DLIFNode(T=4), nn.Flatten(2))
-    with pytest.raises(ValueError, match="expected x with shape") as refused:
-        spike_search(net, torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]), eps=0.1)
-    assert "attack SpikingClassifier(net, T=...)" in refused.value.__notes__[0]
-    with pytest.raises(ValueError, match="starts must be") as refused:
-        spike_search(net, torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]), eps=0.1, starts=[])
-    assert not hasattr(refused.value, "__notes__")

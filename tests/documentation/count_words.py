@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ENTRY = ("README.md", "docs/quickstart.md", "docs/your_network.md")
 NOT_ON_THE_SITE = ("docs/concepts/architecture.md", "docs/mutation.md")
-MOST, MOST_OF_ENTRY = 45_000, 3_500
+MOST, MOST_OF_ENTRY = 30_000, 3_500
 FENCED = re.compile(r"^ *(```+|~~~+)(?!\{).*?\n(?:.*\n)*? *\1 *$", flags=re.MULTILINE)
 COMMENT = re.compile(r"<!--.*?-->", flags=re.DOTALL)
 

@@ -103,7 +103,7 @@ def test_no_forward_sees_more_images_than_a_batch_or_than_the_diagnosis(suite, s
         request = Request(suite, ThreatModel("Linf", 0.05), "made up", 3, proofs=False)
         with shortened():
             report = assessment.assess(Subject("mine", model, "two layers"), parts, request)
-        assert size == 42 or max(seen) <= assessment._DIAGNOSED
+        assert size == 42 or max(seen) <= assessment.DIAGNOSED
         chosen = [(row["estimator"], row["chosen"]) for row in report.estimators]
         found.append((chosen, report.firing))
     assert found[0] == found[-1]

@@ -7,10 +7,12 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 import yaml
 from evaluation.reports import member, report
 from evaluation.short_suite import shortened
 from launch import ROOT
+from torchvision.io import write_png
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -22,6 +24,7 @@ PAGES = ("defences_tables", "networks", "pretrained", "proved_tables", "record",
 PAGES += ("standard",)
 SHORT = "--test-limit 4 --no-control --batch-size 4"
 SMALL = {
+    "before_after": {},
     "defences": {},
     "defences_pictures": {},
     "defences_tables": {},
@@ -42,21 +45,24 @@ SMALL = {
     "record": {},
     "rounds": {"networks": ("digits/lif",), "seeds": (0,), "rounds": (1,), "images": 4},
     "spikes_case": {"attacks": ("PGD-20", "standard"), "images": 4},
+    "sweeps": {"study": "mine"},
     "standard": {"names": ("digits/lif",), "suites": ("gradient",), "more": f"{SHORT} --no-proofs"},
 }
 """What each study is run with, beside a folder of its own."""
 WRITES = {
+    "before_after": ["picture.png"],
     "defences": ["defences/defences.csv", "defences/networks.csv"],
     "defences_pictures": ["defences/brackets.png", "defences/ms_mppd.png"],
     "events": ["events/attacks.csv"],
     "ground_truth": ["dlif-T2.json", "dlif-T2.pt"],
     "networks": ["networks.csv"],
-    "proved": ["proved/digits.csv", "proved/digits_layers.csv", "proved/digits.png"],
+    "proved": ["proved/networks.csv", "proved/layers.csv", "proved/digits.png"],
     "proved_tables": ["proved/cifar10.png", "proved/digits.png", "proved/fashion_mnist.png"],
     "record": ["certified/record.png"],
     "rounds": ["rounds.csv"],
     "spikes_case": ["spikes_case.csv", "picture.png"],
     "standard": ["standard.csv"],
+    "sweeps": ["sweeps.csv", "contrasts.csv"],
 }
 FROM_FILES = ("defences", "defences_pictures", "defences_tables")
 FROM_FILES += ("proved_tables", "record")
@@ -110,6 +116,18 @@ def inputs(name, folder):
         options = {"neuron": "lif", "mode": "at", "rho": 0.0, "layers": "last", "norm": "l2"}
         options |= {"seed": 0, "dataset": "digits", "data_root": "data"}
         (run / "run.json").write_text(json.dumps({"name": "one", "options": options}))
+    if name == "before_after":
+        for number in range(20):
+            part = folder / ("train" if number < 10 else "test") / str(number % 10)
+            part.mkdir(parents=True)
+            write_png((255 * torch.rand(3, 32, 32)).byte(), str(part / "one.png"))
+        given |= {"folder": folder, "output": folder / "picture.png"}
+    if name == "sweeps":
+        heads = "neuron,figure,mean,standard_deviation,seeds,published,source\n"
+        (folder / "results.csv").write_text(f"{heads}lif,clean,0.5,0.1,2,,\n")
+        heads = "neuron,first,second,figure,difference,standard_error,low,high,pairs\n"
+        (folder / "contrast-rho.csv").write_text(f"{heads}lif,0,1,clean,0.1,0.1,-1,1,2\n")
+        given["folder"] = folder
     if name == "spikes_case":
         given["picture"] = folder / "picture.png"
     if name == "proof_times":
@@ -141,7 +159,7 @@ def finished_sweep(folder):
 
 def test_every_study_is_run_small():
     files = {path.stem for path in STUDIES.glob("*.py")}
-    assert files - {"before_after", "forgeries", "networks_columns", "tables"} == SMALL.keys()
+    assert files - {"forgeries", "networks_columns", "tables"} == SMALL.keys()
 
 
 @pytest.mark.slow
