@@ -171,6 +171,9 @@ def test_a_proof_is_exported_with_its_radius():
     proved = report(verified=(4, 7))
     (row,) = [row for row in export.exported(proved) if row.kind == "verified"]
     assert (row.eps, row.correct) == ("0.1", len(proof((4, 7)).stood))
+    curve = (*over_eps(), replace(proof((4, 7), eps=0.05), variant="over eps"))
+    rows = [row for row in export.exported(report(curve=curve)) if row.kind == "verified"]
+    assert [(row.variant, row.eps, row.correct) for row in rows] == [("over eps", "0.05", 2)]
 
 
 def test_what_has_no_threat_is_exported_without_one():
