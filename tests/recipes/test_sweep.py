@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 from shlex import split
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from fake_recipes import write_fakes
 from filelock import FileLock
 from lab.sweeping.perform import perform
 from lab.sweeping.report import Results, papers, plot_effect, published
-from lab.sweeping.runs import RECORD_FILE, RunRecord, load_recipe
+from lab.sweeping.runs import RECORD_FILE, RunRecord, Skip, load_recipe
 from scipy import stats
 
 from sj_robust.core.environment import CODE_KEY
@@ -288,14 +289,11 @@ def test_skip(planned, entry, grid, options, left):
     assert len(planned(grid, options=options, skip=[entry])) == left
 
 
-def test_an_option_that_is_searched_is_not_skipped_by_its_default(fakes, tmp_path):
-    cells = {"a": {"search": {"rho": [1, 2]}}, "b": {}}
-    options = sweep.Options(
-        cells=cells, grid={"mode": ["at", "rat"]}, skip=[{"rho": 1, "mode": "at"}], **fakes
-    )
-    plan = sweep.plan(options, tmp_path)
-    assert names(plan.runs) == ["b-rat-seed0"]
-    assert len(plan.searches) == 2
+def test_an_option_that_is_searched_is_not_skipped_by_its_default(fakes):
+    recipe = load_recipe(Path(fakes["recipe"]))
+    skip = Skip([{"rho": 1}], recipe)
+    assert skip.matches(recipe.read({}))
+    assert not skip.matches(recipe.read({}), ["rho"])
 
 
 RHO = "--grid '{rho: [1, 2]}' "
