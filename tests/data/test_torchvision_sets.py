@@ -205,7 +205,7 @@ DAMAGES = [
     ("fashion_mnist", IMAGES, lambda old: idx(drawn(0, 40))),
     ("fashion_mnist", IMAGES, lambda old: idx(drawn(0, 0, 28, 28))),
     ("fashion_mnist", IMAGES, lambda old: idx(drawn(0, 40, 32, 32))),
-    ("fashion_mnist", LABELS, lambda old: idx(drawn(0, 30))),
+    ("fashion_mnist", LABELS, lambda old: idx(np.zeros(30, np.uint8))),
     ("fashion_mnist", LABELS, lambda old: old[:-1] + b"\n"),
 ]
 
