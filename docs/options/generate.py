@@ -1,6 +1,5 @@
-"""Pages of every option of each recipe: what ``--help-all`` says.
-
-python docs/options/generate.py             # write docs/options/*.md
+"""Pages of every option of each recipe: what ``--help-all`` says. The build of the site writes them
+(docs/conf.py); they are not kept.
 """
 
 import os
@@ -26,10 +25,14 @@ def page(name):
         check=True,
     )
     _, _, told = done.stdout.partition("\n\n")  # without the usage
-    said = f"What `{' '.join(command)}` prints. Written by `python docs/options/generate.py`."
+    said = f"What `{' '.join(command)}` prints."
     return f"# Options of {name}.py\n\n{said}\n\n```text\n{told.strip()}\n```\n"
 
 
-if __name__ == "__main__":
+def write():
+    """Write all pages; one that has not changed keeps its time, by which Sphinx knows it."""
     for name in RECIPES:
-        Path(__file__).with_name(f"{name}.md").write_text(page(name), encoding="utf-8")
+        path = Path(__file__).with_name(f"{name}.md")
+        text = page(name)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
