@@ -18,7 +18,7 @@ _OF = {
     "instruction_sets": _OPERATOR,
     "scaling": _OPERATOR,
     "training_step": (*_OPERATOR, *_ONE_PASS, "training/test_training_step.py"),
-    "joint_step": ("ops/test_trains.py", "proofs/test_differentiable_joint.py"),
+    "joint_step": ("ops/test_trains.py", "proofs/test_training_bounds.py"),
     "joint_scaling": ("ops/test_trains.py", "proofs/test_joint.py"),
     "verify": (*_OPERATOR, *_ONE_PASS, "ops/test_trains.py", "proofs/test_verification.py"),
 }
