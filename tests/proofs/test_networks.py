@@ -394,7 +394,7 @@ class AlwaysTraining(nn.Linear):
 
 
 def sets_v(net, x):
-    net.node.v = x + 0.4
+    net.node.v = x[0] + 0.4
     return net.node(x)
 
 

@@ -230,7 +230,7 @@ _OF = {
     "instruction_sets": OPERATOR,
     "scaling": OPERATOR,
     "training_step": (*OPERATOR, *ONE_PASS, "training/test_training_step.py"),
-    "joint_step": ("ops/test_trains.py", "proofs/test_differentiable_joint.py"),
+    "joint_step": ("ops/test_trains.py", "proofs/test_training_bounds.py"),
     "joint_scaling": ("ops/test_trains.py", "proofs/test_joint.py"),
     "verify": (*OPERATOR, *ONE_PASS, "ops/test_trains.py", "proofs/test_verification.py"),
 }
