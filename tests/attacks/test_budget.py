@@ -142,8 +142,10 @@ def test_what_is_wrong_already_comes_back(name):
     logits = linear_model(36)(x)
     lead = logits.gather(1, y[:, None]) - logits
     wrong = lead.argmax(1)  # far behind
-    assert lead.max() > confidence
-    assert torch.equal(attack.run(linear_model(36), x, wrong, attack.usual), x)
+    behind = lead.amax(1) > confidence
+    assert behind.sum() >= 5
+    x_adv = attack.run(linear_model(36), x, wrong, attack.usual)
+    assert torch.equal(x_adv[behind], x[behind])
 
 
 def test_every_sample_is_moved_on_a_model_that_has_a_gradient(search):

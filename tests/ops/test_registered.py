@@ -45,6 +45,7 @@ def test_a_network_under_a_tracer_gives_the_numbers_of_the_plain_call(tracer, ba
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # of torch, by itself
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.parametrize(
     ("tracer", "backend"), each_in_turn(tracers.SLOW, ["fused", "cpp", "eager"])
 )

@@ -305,7 +305,7 @@ STEPWISE = {
     "concatenation and sum": (joined, []),
     "nothing": (between(lambda x: x), []),
     "order of counts": (lambda net, x: backwards(net.node(net.first(x))), []),
-    "twice": (twice, []),
+    "twice": (twice, ["node: its current is no map of spikes of one step", *NO_COUNTS]),
 }
 
 

@@ -12,7 +12,7 @@ import yaml
 from evaluation.reports import member, report
 from evaluation.short_suite import shortened
 from launch import ROOT
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -117,10 +117,11 @@ def inputs(name, folder):
         options |= {"seed": 0, "dataset": "digits", "data_root": "data"}
         (run / "run.json").write_text(json.dumps({"name": "one", "options": options}))
     if name == "before_after":
-        for number in range(20):
-            part = folder / ("train" if number < 10 else "test") / str(number % 10)
-            part.mkdir(parents=True)
-            write_png((255 * torch.rand(3, 32, 32)).byte(), str(part / "one.png"))
+        pictures = [to_pil_image(torch.rand(3, 32, 32)) for _ in range(3)]
+        for part, label in product(("train", "test"), range(10)):  # each is right in one class
+            (folder / part / str(label)).mkdir(parents=True)
+            for number, picture in enumerate(pictures):
+                picture.save(folder / part / str(label) / f"{number}.png")
         given |= {"folder": folder, "output": folder / "picture.png"}
     if name == "sweeps":
         heads = "neuron,figure,mean,standard_deviation,seeds,published,source\n"
