@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
