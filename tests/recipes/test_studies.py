@@ -118,11 +118,13 @@ def inputs(name, folder):
         options |= {"seed": 0, "dataset": "digits", "data_root": "data"}
         (run / "run.json").write_text(json.dumps({"name": "one", "options": options}))
     if name == "before_after":
-        pictures = [to_pil_image(torch.rand(3, 32, 32)) for _ in range(3)]
-        for part, label in product(("train", "test"), range(10)):  # each is right in one class
-            (folder / part / str(label)).mkdir(parents=True)
-            for number, picture in enumerate(pictures):
-                picture.save(folder / part / str(label) / f"{number}.png")
+        for part, number in product(("train", "test"), range(3)):
+            picture = torch.rand(3, 32, 32)
+            for label in range(10):  # in one of them it is right
+                picture[0, 0, 0] = label / 10
+                of_class = folder / part / str(label)
+                of_class.mkdir(parents=True, exist_ok=True)
+                to_pil_image(picture).save(of_class / f"{number}.png")
         given |= {"folder": folder, "output": folder / "picture.png"}
     if name == "sweeps":
         heads = "neuron,figure,mean,standard_deviation,seeds,published,source\n"
