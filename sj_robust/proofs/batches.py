@@ -97,7 +97,7 @@ class BatchProofs:
         self._ball = ball
         self._time_limit = time_limit
         self._device = device_of(model)
-        self._points = Points(model, neurons, ball)
+        self._points = Points(model, ball)
         self._over_time: OverTime | None = None
         self._programs: Programs | None = None
         self._bounded = partial(bounded_logits, model, programs={})
@@ -155,8 +155,7 @@ class BatchProofs:
                         x_adv[part] = point
             # layers are looked at in the first batch
             points = islice(self._points.drawn(images), 1 if done else None)
-            slopes = () if done else self._points.along_currents(images)
-            for point in chain(points, self._points.against_lead(images), slopes):
+            for point in chain(points, self._points.against_lead(images)):
                 found = check_point(self._model, run, bounds, point)
                 _check_margins(found, labels, margin, first=done)
             _check_margins(logits, labels, margin, first=done)

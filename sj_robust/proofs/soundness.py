@@ -15,8 +15,9 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
 from sj_robust.proofs.program import Operation, plain
 from sj_robust.proofs.replay import counts, spiking_surrogates
+from sj_robust.proofs.rules import moved
 from sj_robust.proofs.spiking import Interval
-from sj_robust.proofs.values import Bounds, interval
+from sj_robust.proofs.values import Bounds, interval, rule_of
 
 __all__ = [
     "UnprovableError",
@@ -47,7 +48,7 @@ class UnprovableError(ValueError):
 
 
 class WatchedRun(BoundedRun):
-    """A run that keeps bounds of every value of the program, and of the potentials."""
+    """A run that keeps bounds of every value that the program computes, and of the potentials."""
 
     def __init__(self, neurons: dict[str, Neuron], samples: int, **given: Any) -> None:
         """Nothing has run yet; ``given`` is what the run beside it may be told."""
@@ -57,10 +58,13 @@ class WatchedRun(BoundedRun):
     def apply(self, operation: Operation, args: Any, kwargs: Any) -> Any:
         """See :class:`BoundedRun`."""
         found = super().apply(operation, args, kwargs)
-        name = operation.func.name if isinstance(operation.func, Neuron) else None
+        func = operation.func
+        potential = self.potential(func.name) if isinstance(func, Neuron) else None
         parts = found if isinstance(found, tuple | list) else (found,)
-        values = [interval(part) if isinstance(part, Bounds) else None for part in parts]
-        self.seen.append(_Seen(values, None if name is None else self.potential(name)))
+        values: list[Interval | None] = []
+        if isinstance(func, nn.Module | Neuron) or rule_of(func) is not moved:
+            values = [interval(part) if isinstance(part, Bounds) else None for part in parts]
+        self.seen.append(_Seen(values, potential))
         return found
 
 

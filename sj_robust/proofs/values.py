@@ -35,6 +35,7 @@ __all__ = [
     "is_truth",
     "new_leaf",
     "reshaped",
+    "rule_of",
     "run_of",
     "size_of_constant",
 ]
@@ -280,6 +281,11 @@ def run_of(value: Any) -> Run | None:
     return next((run for run in map(run_of, parts) if run is not None), None)
 
 
+def rule_of(func: Any) -> Rule:
+    """The rule of a function of torch."""
+    return RULES[func.__name__.strip("_")]
+
+
 def bounds_of(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What the rule of a function gives for bounds among its arguments. 由规则得到的上下界。
 
@@ -288,7 +294,7 @@ def bounds_of(func: Any, *args: Any, **kwargs: Any) -> Any:
     """
     args = (*args, *[kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs])
     name = func.__name__.strip("_")
-    rule = RULES[name]
+    rule = rule_of(func)
     if any(isinstance(value, Bounds) for value in kwargs.values()):
         raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
     if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):

@@ -588,6 +588,24 @@ LIES = {
 """Ways to carry values of the input past what is recorded, under ``try``."""
 for name, take in LIES.items():
     REFUSED[f"lie: {name}"] = (partial(three, with_hidden(take), T=2), "no bounds are known")
+
+
+def asks_for_a_mode(net, x):
+    found = logits(net, x)
+    return found if torch.overrides.has_torch_function((x,)) else found + net.branch(x)
+
+
+def asks_for_gradients(net, x):
+    found = logits(net, x)
+    return found if torch.is_grad_enabled() else found + net.branch(x)
+
+
+LEAKY = {
+    "asks for a mode": (asks_for_a_mode, "something else in a plain call"),
+    "asks for gradients": (asks_for_gradients, "where gradients are on"),
+}
+for name, (forward, message) in LEAKY.items():
+    REFUSED[name] = (partial(three, forward, T=2, branch=nn.Linear(3, 3)), message)
 NEWEST = hasattr(neuron, "PSN")
 OTHER_NEURONS = {} if NEWEST else {"KLIFNode": "TorchScript function"}
 OTHER_NEURONS |= {
