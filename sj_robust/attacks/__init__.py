@@ -42,9 +42,9 @@ from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.spike_search import spike_search
 from sj_robust.attacks.square import square
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.attacks.timing import count_moves, move_events, random_moves
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 
 __all__ = [
     "Attack",

@@ -16,11 +16,11 @@ from sj_robust.attacks.call import (
     Randomness,
     checked_copies,
     crafting,
+    direction,
 )
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
-from sj_robust.attacks.projection import Norm, direction, per_sample
-from sj_robust.attacks.threat import ball_threat
 from sj_robust.core.checks import check_counts
+from sj_robust.core.threat import Norm, ball_threat, per_sample
 
 __all__ = ["apgd"]
 

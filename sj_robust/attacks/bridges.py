@@ -12,12 +12,11 @@ from torch import Tensor
 from sj_robust.attacks.apgd import LEAST_CLASSES
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, isolated
 from sj_robust.attacks.logits import clean_logits
-from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.square import check_square
-from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
 from sj_robust.core.checks import check_choice, check_model
 from sj_robust.core.extras import check_extra
 from sj_robust.core.randomness import draw_seed
+from sj_robust.core.threat import Norm, ThreatModel, ball_threat, rounding
 
 __all__ = ["autoattack", "external", "transfer"]
 

@@ -27,7 +27,6 @@ from sj_robust.attacks._event_search import (
 )
 from sj_robust.attacks._planes import Planes, in_units, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.attacks.threat import as_counts
 from sj_robust.core.checks import (
     check_count,
     check_events,
@@ -37,6 +36,7 @@ from sj_robust.core.checks import (
     is_checked,
 )
 from sj_robust.core.randomness import Private, check_seeds
+from sj_robust.core.threat import as_counts
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 

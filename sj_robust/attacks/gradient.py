@@ -11,11 +11,11 @@ from sj_robust.attacks.call import (
     Randomness,
     checked_copies,
     crafting,
+    direction,
 )
-from sj_robust.attacks.projection import Norm, direction
-from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
 from sj_robust.core.checks import check_counts, check_size
 from sj_robust.core.randomness import randn
+from sj_robust.core.threat import Norm, ThreatModel, ball_threat, random_point
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.call import Model, Randomness
-from sj_robust.attacks.threat import ball_threat, random_point
 from sj_robust.core.checks import check_images, check_labels, check_model, check_size, is_checked
 from sj_robust.core.randomness import Private, check_seeds, private_generator, rand, randn
+from sj_robust.core.threat import ball_threat, random_point
 
 __all__ = ["gaussian", "salt_and_pepper", "uniform"]
 

@@ -13,9 +13,8 @@ from sj_robust.attacks.call import (
     checked_copies,
     crafting,
 )
-from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.threat import ball_threat
 from sj_robust.core.checks import check_counts
+from sj_robust.core.threat import ball_threat, per_sample
 
 __all__ = ["sapgd"]
 

@@ -15,15 +15,21 @@ from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import FLIPS, MOVES, Moves
 from sj_robust.attacks._spike_walk import STAGES, Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
-from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
+from sj_robust.attacks.call import (
+    Model,
+    Randomness,
+    checked_copies,
+    crafting,
+    seeds_of_samples,
+    wide,
+)
 from sj_robust.attacks.logits import clean_logits, differ, leads, margin
-from sj_robust.attacks.projection import Norm, wide
 from sj_robust.attacks.sapgd import sapgd
-from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_choice, check_count, check_images, is_checked
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import RandomNumbers
 from sj_robust.core.randomness import SampleSeeds, draw_seed
+from sj_robust.core.threat import Norm, ThreatModel, ball_threat
 
 __all__ = ["searched", "spike_search"]
 

@@ -16,13 +16,13 @@ from sj_robust.attacks.call import (
     checked_copies,
     isolated,
     seeds_of_samples,
+    wide,
 )
 from sj_robust.attacks.logits import clean_logits, margin
-from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, wide
-from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_counts, logits_of
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, draw_seed, rand
+from sj_robust.core.threat import Norm, ThreatModel, ball_threat, l2_norm, linf_bounds, per_sample
 
 __all__ = ["square"]
 

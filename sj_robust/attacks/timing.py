@@ -22,9 +22,9 @@ from sj_robust.attacks._move_search import (
 from sj_robust.attacks._planes import each_on_its_own, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import check_pair, checked_frames
-from sj_robust.attacks.threat import Moves, moves_of
 from sj_robust.core.checks import check_count, check_shift
 from sj_robust.core.randomness import Private
+from sj_robust.core.threat import Moves, moves_of
 
 __all__ = ["Moves", "count_moves", "move_events", "random_moves"]
 

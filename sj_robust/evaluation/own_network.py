@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sj_robust.attacks.events import check_frames
-from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, as_classifier
 from sj_robust.core.checks import (
     Channels,
@@ -28,9 +27,10 @@ from sj_robust.core.checks import (
     check_text,
 )
 from sj_robust.core.environment import device_of
-from sj_robust.core.eps import Radii, parse_radii
+from sj_robust.core.eps import Radii, parse_eps, parse_radii
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode, full_precision
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sj_robust.attacks import Attack, ThreatModel
-from sj_robust.attacks.threat import parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (
     Channels,
@@ -32,6 +31,7 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import device_of, environment
+from sj_robust.core.eps import parse_eps
 from sj_robust.core.folders import check_folder, locked
 from sj_robust.core.preserved import evaluation_mode, seeded_network, uncompiled
 from sj_robust.data import ImageSplits

@@ -24,9 +24,9 @@ from sj_robust.attacks import (
 )
 from sj_robust.attacks.call import Model, checked_copies, crafting
 from sj_robust.attacks.call import Objective as AttackObjective
-from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.checks import check_count, check_logits, check_size
 from sj_robust.core.randomness import SampleSeeds, randn
+from sj_robust.core.threat import linf_bounds
 from sj_robust.training.objective import LossName
 from sj_robust.training.plan import SelectName
 

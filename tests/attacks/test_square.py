@@ -9,9 +9,9 @@ from attacks.table import Recorder, linear_model, predicted, seeded, two_classes
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.attacks import square as square_attack
-from sj_robust.attacks.projection import linf_bounds
 from sj_robust.attacks.square import _L2, _Linf, break_ties, square_rows
 from sj_robust.core.randomness import SampleDraws, rand
+from sj_robust.core.threat import linf_bounds
 
 SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
 

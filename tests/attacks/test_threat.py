@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, count_flips, external
-from sj_robust.attacks.projection import linf_bounds, project_l2
 from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.threat import linf_bounds, project_l2
 from sj_robust.evaluation import Member
 from sj_robust.evaluation.run.member import craft
 

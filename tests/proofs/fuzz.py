@@ -21,9 +21,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks.projection import linf_bounds
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import sums_of_products
+from sj_robust.core.threat import linf_bounds
 from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.proofs import UnsoundBoundsError, verify

@@ -10,11 +10,10 @@ from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.logits import differing, margin
-from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits, logits_of, taken_for_checked
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel, l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.estimators import estimator
 from sj_robust.evaluation.diagnosis._slopes import agreement
 from sj_robust.evaluation.run.draws import changed_by_others

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.classifier import as_classifier
 from sj_robust.core.checks import check_count
 from sj_robust.core.environment import device_of
+from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import markdown_table
@@ -28,6 +28,7 @@ from sj_robust.core.shown import (
     without_formulas,
     write_figure,
 )
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.evaluation.run.draws import gradient_draws, settled_draws

@@ -12,10 +12,10 @@ from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.events import Allow, flip_events, random_flips
 from sj_robust.attacks.logits import margin
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.attacks.timing import move_events, random_moves
 from sj_robust.core.checks import check_count
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.member import (
     Member,
     check_estimator,

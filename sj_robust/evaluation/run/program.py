@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model, Randomness
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, sums_of_products
+from sj_robust.core.threat import ThreatModel
 from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps

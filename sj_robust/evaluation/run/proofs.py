@@ -7,8 +7,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.classifier import check_classifier
+from sj_robust.core.eps import eps_text
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify

@@ -17,10 +17,10 @@ from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.spike_search import PROPOSALS_AT_ONCE, spike_search
 from sj_robust.attacks.square import square
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
 from sj_robust.core.extras import check_extra
 from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.estimator_search import (
     CANDIDATES,
     CHANGES,
