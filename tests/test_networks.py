@@ -50,7 +50,7 @@ def logits(row, model, x, y):
 def attack(row, model, x, y):
     with unchanged(model, hooked=(model.net,), states=False):
         if row.frames:
-            x_adv = flip_events(model, x, y, flips=2, steps=2, queries=2, probes=1)
+            x_adv = flip_events(model, x, y, eps=2, steps=2, queries=2, probes=1)
             assert (x_adv != x).flatten(1).sum(1).max() <= 2
         else:
             x_adv = pgd(model, x, y, eps=EPS, steps=2)

@@ -23,7 +23,7 @@ class Ascent:
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
         self.ball = ball
-        self.norm = ball.ball
+        self.norm = ball.norm
         self.steps = steps
         self.checkpoints = checkpoints(steps)
         self.rows = rows

@@ -27,7 +27,7 @@ from sj_robust.core.randomness import (
     draw_seed,
     private_generator,
 )
-from sj_robust.core.threat import Norm, l2_norm, per_sample
+from sj_robust.core.threat import NormName, l2_norm, per_sample
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -239,7 +239,7 @@ def checked_copies(
         return x.detach().clone(), y.clone()
 
 
-def direction(grad: Tensor, norm: Norm) -> Tensor:
+def direction(grad: Tensor, norm: NormName) -> Tensor:
     """Steepest ascent of unit length per sample; 0 for a zero gradient."""
     if norm == "Linf":
         return grad.sign()

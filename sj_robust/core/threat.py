@@ -16,9 +16,9 @@ from sj_robust.core.checks import check_count, check_size, check_switch
 from sj_robust.core.eps import parse_eps
 from sj_robust.core.randomness import Private, rand, randn
 
-__all__ = ["ThreatModel", "linf_bounds", "project_l2"]
+__all__ = ["NormName", "Threat", "ThreatModel", "as_threat", "linf_bounds", "project_l2"]
 
-Norm = Literal["Linf", "L2"]
+NormName = Literal["Linf", "L2", "L0", "moves"]
 
 _LARGEST = 2.0**53
 """Number of events up to which float64 is exact."""
@@ -45,7 +45,7 @@ class ThreatModel:
             or ``"moves"``.
         eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of
             elements per sample that may be changed, for ``"moves"`` the number of events that may
-            be moved, an integer >= 1.
+            be moved, an integer >= 0.
         largest_shift: For ``"moves"``, the largest number of frames by which an event may be moved;
             None for no limit.
         total_shift: For ``"moves"``, the largest number of frames by which the events of a sample
@@ -55,7 +55,7 @@ class ThreatModel:
     Raises:
         TypeError: If the radius is not a number, or ``counts`` is not a bool.
         ValueError: If the norm is unknown, if the radius is negative, not finite or (Linf) above 1,
-            or if a number of events or frames is not an integer >= 1.
+            if a number of events is not an integer >= 0, or if a shift is not one >= 1.
 
     Examples:
         >>> ThreatModel("Linf", 8 / 255)
@@ -69,7 +69,7 @@ class ThreatModel:
         tensor([[0., 3., 0., 0.]])
     """
 
-    norm: Literal["Linf", "L2", "L0", "moves"]
+    norm: NormName
     eps: float
     largest_shift: int | None = None
     total_shift: int | None = None
@@ -83,7 +83,7 @@ class ThreatModel:
         return f"ThreatModel({', '.join(shown)})"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("Linf", "L2", "L0", "moves"):
+        if self.norm not in get_args(NormName):
             raise ValueError(f"norm must be 'Linf', 'L2', 'L0' or 'moves', got {self.norm!r}")
         self._check_limit("largest_shift", self.largest_shift)
         self._check_limit("total_shift", self.total_shift)
@@ -109,10 +109,10 @@ class ThreatModel:
             return check_size("eps", self.eps, at_most=1.0)
         if self.norm == "L2":
             return check_size("eps", self.eps, at_most=math.inf)
-        if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
+        if isinstance(self.eps, bool) or self.eps < 0 or self.eps % 1 != 0:
             what = "changed elements" if self.norm == "L0" else "moved events"
             raise ValueError(
-                f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got "
+                f"eps must be an integer >= 0 for {self.norm}, the number of {what}, got "
                 f"{self.eps!r}; for a distance of values use 'Linf' or 'L2'"
             )
         return int(self.eps)
@@ -121,20 +121,6 @@ class ThreatModel:
     def of_events(self) -> bool:
         """Whether the adversary changes or moves events, which have no values between 0 and 1."""
         return self.norm in ("L0", "moves")
-
-    @property
-    def ball(self) -> Norm:
-        """The norm, for attacks that change values continuously.
-
-        Raises:
-            ValueError: If the threat is one of events, whose values cannot change continuously.
-        """
-        if self.norm == "L0" or self.norm == "moves":
-            raise ValueError(
-                f"norm must be 'Linf' or 'L2' to move values, got {self.norm!r}; use the suite "
-                "'events'"
-            )
-        return self.norm
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """The image closest to ``x_adv`` that is within the budget around ``x``, exactly and in the
@@ -258,6 +244,31 @@ class ThreatModel:
         return torch.where(allowed, events, torch.inf)
 
 
+Threat = ThreatModel | float | str
+"""What ``eps`` of a public function is: a threat model, or a radius such as ``8 / 255`` or
+``"8/255"``.
+"""
+
+
+def as_threat(eps: Threat, *norms: NormName) -> ThreatModel:
+    """What an adversary of one of these norms may do; a radius alone is one of the first norm.
+    由 eps 得到威胁模型。
+
+    Raises:
+        ValueError: If it is no radius, or a threat of another norm.
+
+    Examples:
+        >>> as_threat("8/255", "Linf", "L2") == ThreatModel("Linf", 8 / 255)
+        True
+    """
+    if not isinstance(eps, ThreatModel):
+        return ThreatModel(norms[0], parse_eps(eps))
+    if eps.norm not in norms:
+        wanted = " or ".join(f"ThreatModel({norm!r}, ...)" for norm in norms)
+        raise ValueError(f"eps must be {wanted} here, got {eps}")
+    return eps
+
+
 def _no_narrower(limit: float | None, other: float | None) -> bool:
     """Whether a limit is at least another; None is no limit."""
     if limit is None:
@@ -370,13 +381,6 @@ def rounding(x: Tensor) -> float:
     units of the dtype.
     """
     return 1e-6 + 2 * float(torch.finfo(x.dtype).eps)
-
-
-def ball_threat(norm: Norm, eps: float | str) -> ThreatModel:
-    """The threat of an attack that moves values; the radius may be text such as ``"8/255"``."""
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    return ThreatModel(norm, parse_eps(eps) if isinstance(eps, str) else eps)
 
 
 def random_point(

@@ -123,15 +123,14 @@ def smoothed_bracket(
 
 
 def _attack(radius: float, steps: int, eot_samples: int) -> Member:
+    threat = ThreatModel("L2", radius)
     attack = partial(
         pgd,
-        eps=radius,
-        norm="L2",
+        eps=threat,
         steps=steps,
         eot_samples=eot_samples,
         keep_best=False,  # the best of noisy draws would be a lucky one
     )
-    threat = ThreatModel("L2", radius)
     return Member(f"pgd@{radius:g}", attack, group="vote", threat=threat)
 
 

@@ -316,15 +316,7 @@ _BY_GRADIENT_ALONE: dict[str, Any] = {"probes": 0, "queries": 0, "reduce": False
 
 def _guided(threat: ThreatModel) -> "partial[Tensor]":
     """The attack by gradient of a threat of events, its budget bound."""
-    if threat.norm == "L0":
-        return partial(flip_events, flips=int(threat.eps), counts=threat.counts)
-    return partial(
-        move_events,
-        moves=int(threat.eps),
-        largest_shift=threat.largest_shift,
-        total_shift=threat.total_shift,
-        counts=threat.counts,
-    )
+    return partial(flip_events if threat.norm == "L0" else move_events, eps=threat)
 
 
 def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
@@ -342,10 +334,9 @@ def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
     guided = partial(_guided(threat), **search)
     if not final:
         return {name: guided}
-    budget = _guided(threat).keywords
     if threat.norm == "moves":
-        return {name: guided, "random": partial(random_moves, **budget, tries=20)}
-    return {name: guided, "random": partial(random_flips, **budget, allow="remove", tries=20)}
+        return {name: guided, "random": partial(random_moves, eps=threat, tries=20)}
+    return {name: guided, "random": partial(random_flips, eps=threat, allow="remove", tries=20)}
 
 
 def trades(

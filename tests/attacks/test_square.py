@@ -185,8 +185,7 @@ def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, eps):
         counts,
         x,
         y,
-        eps=eps,
-        norm=norm,
+        eps=ThreatModel(norm, eps),
         queries=300,
         generator=SampleSeeds(range(40)),
     )

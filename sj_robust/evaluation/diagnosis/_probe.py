@@ -1,6 +1,6 @@
 """What the masking diagnostics measure: gradients, attacks and their success on a few images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -223,8 +223,7 @@ class Probe:
                 crafting,
                 self.x,
                 self.y,
-                eps=self.threat.eps,
-                norm=self.threat.ball,
+                eps=self.threat,
                 steps=2 * self.steps,
                 eot_samples=self.eot_samples,
                 generator=self._generator(),
@@ -294,10 +293,9 @@ class Probe:
                 model,
                 self.x,
                 self.y,
-                eps=min(eps, self.diameter),
+                eps=replace(self.threat, eps=min(eps, self.diameter)),
                 step_size=step_size,
                 steps=steps,
-                norm=self.threat.ball,
                 random_start=False,
                 eot_samples=self.eot_samples,
                 keep_best=own,
