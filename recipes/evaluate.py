@@ -297,7 +297,7 @@ class Settled:
         complete = replace(options, suite=suite, norm=norm)
         shift = options.largest_shift
         if shift is None and norm == "moves":
-            shift = inherited_shift(subject)
+            shift = subject.options.get("largest_shift")  # that of the training
         counts = counts_of(options, subject, events=events)
         threat = ThreatModel(
             norm,
@@ -502,13 +502,6 @@ def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
             f"got --counts {options.counts}; omit it"
         )
     return options.counts
-
-
-def inherited_shift(subject: Subject) -> int | None:
-    """Largest shift of the training, or None where frames are so few that it allows any shift."""
-    found: int | None = subject.options.get("largest_shift")
-    T = getattr(subject.model, "T", None)
-    return None if found is None or (T is not None and found >= T) else found
 
 
 def radius(options: Options, norm: str, subject: Subject) -> float:

@@ -115,16 +115,7 @@ def left_of(
     yield "clean", right
     verified = torch.zeros_like(right)
     for method in ("ibp", "joint") if options.proofs else ():
-        proofs = verify(
-            model,
-            x,
-            y,
-            threat.eps,
-            norm="L0" if budget == "flips" else "moves",
-            largest_shift=threat.largest_shift,
-            counts=counts,
-            method=method,
-        )
+        proofs = verify(model, x, y, threat, method=method)
         verified = torch.tensor(proofs.verified)
         yield f"proved, {method}", verified
     standing = right.clone()

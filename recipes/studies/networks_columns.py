@@ -87,8 +87,8 @@ def proved(row: Any) -> str:
     """How many images intervals prove in a small ball."""
     model = classifier_of(row)
     x, y = labelled(model, row)
-    threat: dict[str, Any] = {"eps": 1, "norm": "L0"} if row.frames else {"eps": 0.001}
-    found = verify(model, x, y, method="ibp", **threat).verified
+    eps = ThreatModel("L0", 1) if row.frames else 0.001
+    found = verify(model, x, y, eps, method="ibp").verified
     return f"{sum(found)} of {len(found)}"
 
 

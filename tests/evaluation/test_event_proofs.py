@@ -13,7 +13,7 @@ from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation import Fault, Report, stress
 from sj_robust.evaluation import assess as whole
-from sj_robust.evaluation.run.proofs import Proofs, has_proofs, verify_within
+from sj_robust.evaluation.run.proofs import Proofs, has_proofs
 from sj_robust.proofs import verify
 
 T = 2
@@ -56,7 +56,7 @@ def proved():
 def test_the_bracket_of_changed_events_is_that_of_verify(proved):
     model = network()
     x, y = samples(model)
-    found = verify(model, x, y, 1, norm="L0")
+    found = verify(model, x, y, ThreatModel("L0", 1))
     verified = {number for number, one in enumerate(found.verified) if one}
     assert proved.standing("verified") == verified
     assert 0 < len(verified) < 11
@@ -92,7 +92,7 @@ def test_the_bracket_of_moved_events_is_that_of_verify(most):
             suite="events",
             progress=False,
         )
-    found = verify(model, x, y, 2, norm="moves", largest_shift=1, counts=most == 2)
+    found = verify(model, x, y, report.threat)
     verified = {number for number, one in enumerate(found.verified) if one}
     assert report.standing("verified") == verified
     assert len(verified) > 0
@@ -154,13 +154,15 @@ def test_a_total_shift_limits_moves_and_how_far_each_goes():
     model = network()
     x, y = samples(model)
     threat = ThreatModel("moves", 5, total_shift=1)
-    found = verify_within(model, x, y, threat)
-    assert (found.eps, found.largest_shift) == (1, 1)
-    assert found == verify(model, x, y, 1, norm="moves", largest_shift=1)
-    every = verify_within(model, x, y, replace(threat, total_shift=x.shape[1]))
-    assert every == verify(model, x, y, x.shape[1], norm="moves")
-    with pytest.raises(ValueError, match="to prove anything, got 'L2'"):
-        verify_within(model, x, y, ThreatModel("L2", 0.5))
+    T = x.shape[1]
+    for limited, as_good_as in (
+        (threat, ThreatModel("moves", 1, largest_shift=1)),
+        (replace(threat, total_shift=T), ThreatModel("moves", T)),
+        (replace(threat, eps=1, total_shift=9), ThreatModel("moves", 1)),
+        (ThreatModel("moves", 1, largest_shift=9), ThreatModel("moves", 1)),
+    ):
+        found = verify(model, x, y, limited)
+        assert replace(found, threat=as_good_as) == verify(model, x, y, as_good_as)
 
 
 @pytest.mark.slow
