@@ -164,16 +164,12 @@ WRONG = [
     ),
     *each((stress, verify), "eps", (0.1, 0.2), torch.tensor([0.1, 0.2])),
     *each((verify,), "eps", ThreatModel("L2", 0.1)),
-    *each((evaluate,), "eps", (), (0.1, "x"), (0.1, 8), (0, 0.1)),
+    *each((evaluate,), "eps", (), (0.1, "x"), (0.1, 8), (0, 0.1), (0.1, ThreatModel("L2", 0.2))),
     *each(CARDS, "eps", 0, "0/255"),
-    # the norm and its budgets
-    *each(CARDS, "norm", "linf", "Linff", "l3", 2, ""),
-    *each(CARDS, "largest_shift", 2),
-    *each(CARDS, "total_shift", 2),
     # the suite
     *each((evaluate,), "suite", "", "standrad", "Standard", "corruptions", 3, ["fast"], "events"),
-    *each((evaluate,), "suite", "standard", norm="L0", eps=3),
-    Wrong((evaluate,), {"norm": "L2", "suite": "paper"}, "L2"),
+    *each((evaluate,), "suite", "standard", eps=ThreatModel("L0", 3)),
+    Wrong((evaluate,), {"eps": ThreatModel("L2", 0.1), "suite": "paper"}, "L2"),
     *each((stress,), "suite", "stres", "standard", None),
     *each((stress,), "suite", "stres", "standard", None, faults=[Fault("weight_bits", 4)]),
     # faults
@@ -216,7 +212,6 @@ WRONG = [
     # event frames
     *each(CARDS, "x", 0.7 * frames(4), frames(4).int(), frames() / 2, eps=3),
     *each(CARDS, "eps", 0.1, x=frames()),
-    *each(CARDS, "total_shift", 0, x=frames(), norm="moves", eps=3),
     *each((evaluate,), "suite", "fast", x=frames(), eps=3),
     # labels
     *each((*CARDS, verify), "y", Y.float(), Y.int(), Y.tolist(), Y.numpy(), Y[:3], Y - 1),

@@ -85,10 +85,7 @@ def test_the_bracket_of_moved_events_is_that_of_verify(most):
             model,
             x,
             y,
-            eps=2,
-            norm="moves",
-            largest_shift=1,
-            counts=most == 2,
+            eps=ThreatModel("moves", 2, largest_shift=1, counts=most == 2),
             suite="events",
             progress=False,
         )
@@ -111,14 +108,15 @@ def test_an_evaluation_of_counts_does_not_depend_on_the_batches(norm):
     x = samples(model)[0][:6]
     x[::2] *= 3
     y = model(x).argmax(1)
-    given = {"eps": 2, "norm": norm, "counts": True, "suite": "events", "progress": False}
+    threat = ThreatModel(norm, 2, counts=True)
+    given = {"eps": threat, "suite": "events", "progress": False}
     with shortened(two_members):
         reports = [evaluate(model, x, y, batch_size=size, **given) for size in (6, 1)]
     names = ["verified", *(row.member for row in reports[0].attacks)]
     assert len(names) > 2
     for name in names:
         assert reports[0].standing(name) == reports[1].standing(name)
-    assert reports[0].threat == ThreatModel(norm, 2, counts=True)
+    assert reports[0].threat == threat
     assert "in frames of event counts" in reports[0].verdict
     assert Report.from_json(reports[0].to_json()) == reports[0]
     low, high = reports[0].bracket
@@ -132,14 +130,13 @@ def test_stress_of_counts_attacks_counts():
     x *= 3
     y = model(x).argmax(1)
     faults = [Fault("jitter", 1)]
-    given = {"eps": 3, "faults": faults, "draws": 1, "steps": 3, "progress": False}
+    given = {"faults": faults, "draws": 1, "steps": 3, "progress": False}
     with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
-        stress(model, x, y, **given)
-    report = stress(model, x, y, counts=True, **given)
+        stress(model, x, y, eps=3, **given)
+    threat = ThreatModel("L0", 3, counts=True)
+    report = stress(model, x, y, eps=threat, **given)
     assert report.variants == ("none", "jitter:1")
-    assert report.threat == ThreatModel("L0", 3, counts=True)
-    with pytest.raises(ValueError, match="counts says what event frames hold, got it for Linf"):
-        evaluate(model, x, y, eps=0.1, norm="Linf", counts=True)
+    assert report.threat == threat
 
 
 def test_later_batches_are_checked_too():
