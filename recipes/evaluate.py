@@ -235,7 +235,7 @@ from sj_robust.evaluation.report.terminal import Display, show_comparison, show_
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
-from sj_robust.evaluation.run.suites import check_rounds, check_suite
+from sj_robust.evaluation.run.suites import check_radius, check_rounds, check_suite
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
@@ -306,6 +306,7 @@ class Settled:
             total_shift=options.total_shift,
             counts=counts if norm in ("L0", "moves") else bool(options.counts),
         )
+        check_radius(threat)
         if not is_without_suite(complete):
             check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
@@ -529,12 +530,6 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
     if options.eps is None and norm != "Linf":
         raise ValueError(
             f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5"
-        )
-    if parse_eps(eps) <= 0:
-        raise ValueError(f"eps must be > 0 to attack at all, got {eps}")
-    if norm == "Linf" and parse_eps(eps) > 1:
-        raise ValueError(
-            f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8"
         )
     return parse_eps(eps)
 

@@ -8,7 +8,7 @@ from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
 from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds
-from sj_robust.training import flip_attacks
+from sj_robust.training import event_attacks
 from sj_robust.training.certified import CertifiedLoss
 
 
@@ -86,7 +86,7 @@ def test_attacks_of_validation_and_of_the_end_keep_the_number_of_changes():
     model = network().eval()
     x, y = samples(4)
     for final in (False, True):
-        for name, attack in flip_attacks(3, final=final).items():
+        for name, attack in event_attacks(3, final=final).items():
             x_adv = attack(model, x, y, generator=torch.Generator().manual_seed(0))
             assert int((x_adv != x).flatten(1).sum(1).max()) <= 3, name
 
