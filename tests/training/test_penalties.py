@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from defences.neurons_by_hand import normals
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
@@ -15,6 +16,7 @@ from sj_robust.defences import (
     NoisyLIFNode,
     OrthogonalEncoder,
     StochasticGate,
+    SurrogateOverlap,
 )
 from sj_robust.neuron import fuse
 from sj_robust.training import (
@@ -81,6 +83,7 @@ class Guarded:
     detach: bool = False
 
 
+NOISE = torch.Generator()
 GUARDED = {
     "LIF soft": Guarded(
         node=lif(tau=4.0, decay_input=False, v_reset=None),
@@ -100,6 +103,11 @@ GUARDED = {
         gain=[0.5] * T,
         detach=True,
     ),
+    "noisy": Guarded(
+        node=NoisyLIFNode(4.0, noise_std=0.4, generator=NOISE),
+        decay=0.75,
+        gain=[1.0] * T,
+    ),
     "IF": Guarded(
         node=neuron.IFNode(surrogate_function=TRIANGLE),
         decay=1.0,
@@ -114,33 +122,88 @@ GUARDED = {
 }
 
 
+def guarding(h_seq):
+    distance = (h_seq - 1).abs()
+    return (0.7 - distance).clamp(min=0).mean()
+
+
+def overlap(h, half_width):
+    """Share of a normal distribution, channel by channel, that is near the threshold."""
+    shares = []
+    for channel in range(h.shape[1]):
+        z = h[:, channel].flatten() - 1
+        sigma = ((z - z.mean()).square().mean() + 1e-6).sqrt()
+        upper, lower = (sign * half_width - z.mean() for sign in (1, -1))
+        normal = [(1 + torch.erf(end / sigma / 2**0.5)) / 2 for end in (upper, lower)]
+        shares.append(normal[0] - normal[1])
+    return torch.stack(shares)
+
+
+WATCHED = {
+    "guarding": (ThresholdGuarding(1.0, margin=0.7), guarding),
+    "overlap": (
+        SurrogateOverlap(1.0, half_width=0.4),
+        lambda h_seq: torch.stack([overlap(h, 0.4) for h in h_seq]).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("penalty", WATCHED)
 @pytest.mark.parametrize("step_mode", ["m", "s"])
 @pytest.mark.parametrize("kind", GUARDED)
-def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(problem, kind, step_mode):
+def test_a_penalty_is_that_of_the_potentials_by_hand(problem, kind, step_mode, penalty):
     x, y = problem
     case = GUARDED[kind]
     classifier = classifier_of(case.node, step_mode=step_mode)
-    penalty = ThresholdGuarding(1.0, margin=0.7)
+    penalty, by_hand = WATCHED[penalty]
+    linear = classifier.net[0]
+    currents = x @ linear.weight.T + linear.bias
+    noise = [0.0] * T
+    if kind == "noisy":
+        NOISE.manual_seed(2)
+        noise = [0.4 * normals((5, 6), NOISE) for _ in range(T)]
+        NOISE.manual_seed(2)
     with penalty.observe(classifier):
         logits = classifier(x)
     value = penalty.value(clean_pass(classifier, x, y, logits))
-    linear = classifier.net[0]
-    currents = x @ linear.weight.T + linear.bias
     h, _ = potentials(
         currents.expand(T, -1, -1),
         decay=case.decay,
         gain=case.gain,
         v_reset=case.v_reset,
         detach=case.detach,
+        noise=noise,
     )
-    distance = (h - 1).abs()
-    expected = (0.7 - distance).clamp(min=0).mean()
-    assert expected > 0.01
+    expected = by_hand(h)
+    assert 0.01 < expected < 0.95
     assert_close(value, expected)
     (grad,) = torch.autograd.grad(value, linear.weight)
     (wanted,) = torch.autograd.grad(expected, linear.weight)
     assert wanted.abs().max() > 1e-3
     assert_close(grad, wanted)
+
+
+def test_overlap_is_of_channels_and_finite_where_all_is_the_same():
+    z = torch.rand(5, 3, 2, 2, dtype=torch.float64)
+    assert_close(SurrogateOverlap(1.0).cost(z - 1, None), overlap(z, 1.0))
+    alike = torch.zeros(4, 2, 3, requires_grad=True)
+    cost = SurrogateOverlap(1.0).cost(alike, None)
+    assert_close(cost.detach(), torch.ones(2))
+    (grad,) = torch.autograd.grad(cost.sum(), alike)
+    assert bool(grad.isfinite().all())
+
+
+def test_a_rising_weight_follows_half_a_cosine_and_reaches_the_objective(problem):
+    x, y = problem
+    penalty = ThresholdGuarding(2.0, rising=True)
+    objective = Objective(classifier_of(lif()), rho=0.0, penalties=[penalty])
+    for progress, weight in ((0.0, 0.0), (1 / 3, 0.5), (0.5, 1.0), (1.0, 2.0)):
+        penalty.progress = progress
+        losses = objective(x, y)
+        value = objective.penalty_values["threshold_guarding"]
+        assert value > 0.01
+        assert_close(losses.penalty, weight * value)
+    assert ThresholdGuarding(2.0).present_weight == 2.0
 
 
 def test_guarding_does_not_change_the_network_and_leaves_no_hook(problem):
@@ -182,32 +245,6 @@ def test_guarding_sees_neurons_that_run_fused_with_batch_norm_otherwise():
     assert expected_grad.abs().max() > 1e-3
     assert_close(penalty, expected)
     assert_close(grad, expected_grad)
-
-
-def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(6, 8),
-        nn.Tanh(),
-        nn.Linear(8, 4),
-    ).double()
-    x = torch.rand(3, 6, dtype=torch.float64).requires_grad_()
-    y = torch.tensor([3, 0, 2])
-    logits = net(x)
-    right = logits[torch.arange(3), y]
-    is_right = nn.functional.one_hot(y, 4).bool()
-    wrong = logits.masked_fill(is_right, -torch.inf).max(1).values
-    probability = torch.sigmoid(right - wrong)
-    (grad,) = torch.autograd.grad(probability.sum(), x, retain_graph=True)
-    l1 = grad.abs().sum(1)
-    passes = clean_pass(net, x, y, logits)
-    coarse = GradientSparsity(1.0, h=1e-2).value(passes)
-    assert_close(coarse.detach(), l1.mean(), rtol=1e-2, atol=0)
-    fine = GradientSparsity(1.0, h=1e-5).value(passes)
-    assert_close(fine.detach(), l1.mean(), rtol=1e-4, atol=0)
-    squared = GradientSparsity(1.0, h=1e-5, squared=True).value(passes)
-    expected = l1.square().mean()
-    assert_close(squared.detach(), expected, rtol=1e-4, atol=0)
 
 
 def test_magnitude_is_that_of_convolutions_and_linear_layers_alone():
