@@ -67,10 +67,8 @@ def unbounded():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(
-    tmp_path, monkeypatch, mixed_precision
-):
+def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path, monkeypatch):
+    """In half precision, of which the proofs know nothing."""
     made = []
     ramps = []
     bounded = []
@@ -92,7 +90,7 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(
         epochs=12,
         lr=0.05,
         journal=Watching(tmp_path),
-        mixed_precision=mixed_precision,
+        mixed_precision="bf16",
     )
     steps = torch.arange(48) / 48
     expected = ((steps - 0.05) / 0.6).clamp(0, 1)
