@@ -120,8 +120,6 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path):
         assert_close(loaded["model"], model, rtol=0, atol=0)
         assert loaded["history"] == history
     assert refused > len(positions) / 3
-    torch.save(OURS | {"version": 1, "epoch": 1}, path)  # as before there were digests
-    assert load_checkpoint(path)["epoch"] == 1
 
 
 BEFORE = {"network": {"T": 3}, "options": {"lr": 0.1}}
