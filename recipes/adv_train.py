@@ -576,10 +576,7 @@ def prepared(
         deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
-        verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
-        verified_norm=norm_of_proofs(options),
-        verified_shift=options.largest_shift if options.moves is not None else None,
-        verified_counts=options.counts and of_events(options),
+        verified=evaluation_threat(options) if mode.select == "verified" else None,
         verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(

@@ -350,7 +350,6 @@ MISUSE = [
         {"milestones": (0.5, 1.0)},
         {"optimizer": "lion"},
         {"verified_method": "mip"},
-        {"verified_norm": "L2"},
         {"select": "verified"},
     ),
     *rows(

@@ -183,7 +183,7 @@ def finetune(
         retraction=chosen.retraction,
         select=chosen.select,
         single_step_attack=chosen.single_step,
-        verified_eps=threat.eps if certified else None,
+        verified=threat if certified else None,
         verified_method="ibp" if certified else "joint",
         seed=seed,
     )
@@ -341,7 +341,7 @@ class _Run:
             self.journal,
             seed=self.plan.seed,
             single_step=self.mode.single_step,
-            verified=self.plan.verified_eps is not None,
+            verified=self.plan.verified is not None,
             verified_method=self.plan.verified_method,
             dataset=self.splits.name,
             configuration=self.description["finetune"],

@@ -80,15 +80,14 @@ def test_a_preset_builds(recipe, path):
         number, norm, name = (
             (options.moves, "moves", "moves") if moved else (options.flips, "L0", "flips")
         )
-        assert (plan.verified_eps, plan.verified_norm) == (number, norm)
-        assert plan.verified_shift == options.largest_shift
+        assert plan.verified == ThreatModel(norm, number, options.largest_shift)
         assert objective.certified.options.largest_shift == options.largest_shift
         assert objective.certified.eps == options.certified_flips  # in each time step
         assert set(adv_train.validation_attacks(options)) == {name}
         return
     if certified:
-        assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
-        assert objective.certified.eps >= plan.verified_eps
+        assert plan.verified == ThreatModel("Linf", parse_eps(options.eval_eps or options.eps))
+        assert objective.certified.eps >= plan.verified.eps
     found = set(training.validation_attacks(options.eval_eps or options.eps))
     assert found == {"fgsm", "pgd"}
 
@@ -321,7 +320,7 @@ def test_what_frames_hold_reaches_attacks_bounds_and_validation(mode, counts):
     objective, plan, attack = adv_train.prepared(options, splits)
     threat = adv_train.evaluation_threat(options)
     assert threat == ThreatModel("L0", 3, counts=counts)
-    assert plan.verified_counts == counts
+    assert plan.verified == (threat if mode == "certified" else None)
     attacks = adv_train.validation_attacks(options) | adv_train.attacks_of_report(options)
     if mode == "certified":
         assert objective.certified.options.counts == counts

@@ -15,7 +15,9 @@ from torch.testing import assert_close
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import ThreatModel
 from sj_robust.defences import StochasticGate
+from sj_robust.evaluation.run.proofs import verify_within
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
@@ -40,7 +42,7 @@ CERTIFIED = {
         "rho": 0.0,
     },
     "select": "verified",
-    "verified_eps": EPS,
+    "verified": ThreatModel("Linf", EPS),
     "perturb": None,
 }
 
@@ -127,7 +129,7 @@ def plain(net):
     return Objective(SpikingClassifier(net, T=3))
 
 
-PROVED = {"select": "verified", "verified_eps": EPS}
+PROVED = {"select": "verified", "verified": ThreatModel("Linf", EPS)}
 HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
 
 
@@ -135,8 +137,8 @@ HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
     ("objective", "options", "named"),
     [
         (lambda: certified(unbounded()), PROVED, "sin in or behind 2.1"),
-        (lambda: plain(unbounded()), PROVED, "verified_eps"),
-        (lambda: plain(drawing()), PROVED, "verified_eps"),
+        (lambda: plain(unbounded()), PROVED, "verified"),
+        (lambda: plain(drawing()), PROVED, "verified"),
         (lambda: certified(drawing()), {}, "random"),
         (certified, {"compile": True}, "compile"),
         (certified, {"accelerator": HALF}, "mixed_precision"),
@@ -163,7 +165,7 @@ def test_a_network_with_relu_has_no_figures_of_spikes_in_the_log():
     )
     found = Validation(images, Accelerator(cpu=True), seed=0)
     assert found.scalars(classifier, small_run.ATTACK) == {}
-    assert set(found.accuracy(classifier, {}, EPS)) == {"clean", "verified"}
+    assert set(found.accuracy(classifier, {}, ThreatModel("Linf", EPS))) == {"clean", "verified"}
 
 
 def test_adam_takes_its_own_step(tmp_path):
@@ -230,8 +232,8 @@ def test_the_epoch_is_chosen_by_the_method_of_the_plan(method, tmp_path, monkeyp
 
     def noting(*args, **options):
         methods.append(options["method"])
-        return verify(*args, **options)
+        return verify_within(*args, **options)
 
-    monkeypatch.setattr(validation, "verify", noting)
+    monkeypatch.setattr(validation, "verify_within", noting)
     small_run.run(tmp_path, **CERTIFIED, verified_method=method, epochs=2)
     assert methods == [method, method]

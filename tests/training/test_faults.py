@@ -22,7 +22,7 @@ from training import small_run
 from training.small_run import At, PowerCutError, nan_images, of_nodes, power_cut
 
 from sj_robust import DLIFNode
-from sj_robust.attacks import pgd
+from sj_robust.attacks import ThreatModel, pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, StochasticGate
@@ -39,11 +39,12 @@ from sj_robust.training import (
 STEP = 6  # the second of epoch 2; an epoch has four
 
 
+THREAT = ThreatModel("Linf", 0.05)
 CERTIFIED = {"loss": "certified", "certified_eps": 0.05, "kappa": 0.2}
 GATED = (partial(DLIFNode, T=3, tau=4.0), StochasticGate)
 RUNS = {
     "dropout": {"dropout": 0.3},
-    "certified": {"objective": CERTIFIED, "select": "verified", "verified_eps": 0.05},
+    "certified": {"objective": CERTIFIED, "select": "verified", "verified": THREAT},
     "milestones": {"milestones": (0.4, 0.7)},
     "noise": of_nodes(partial(NoisyLIFNode, 4.0)),
     "leak": of_nodes(partial(EvolvingLeakNode, 3)),
