@@ -286,8 +286,7 @@ class Options:
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
-    """Use the channels-last format; None: always on a GPU; on a CPU in half precision, if it is
-    faster."""
+    """Use the channels-last format; None: on a GPU alone."""
     sync_batch_norm: bool = False
     """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0
