@@ -25,10 +25,8 @@ def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
     torch.manual_seed(0)
     x, x_perturbed = torch.randn(2, steps, 2, 2).double().requires_grad_()
     decay = torch.tensor(0.7).double().requires_grad_()
-    rates = (
-        torch.rand(steps).double() if gain == "per step" else torch.full((steps,), gain).double()
-    )
-    gain = rates.clone() if gain == "per step" else gain
+    rates = torch.rand(steps).double() if gain is None else torch.tensor([gain] * steps).double()
+    gain = rates.clone() if gain is None else gain  # one per step
     rates.requires_grad_()
     expected = eps_by_hand(x, x_perturbed.detach(), decay.item(), rates.tolist())
     weights = decay.item() ** torch.arange(steps).flip(0) * rates.detach()
