@@ -16,7 +16,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from sj_robust.core.convention import Takes
-from sj_robust.core.host import from_reset, functional
+from sj_robust.core.host import functional
+from sj_robust.core.preserved import from_reset
 
 __all__ = [
     "TrainingInterrupted",
