@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust.attacks import Attack
-from sj_robust.core.host import from_reset
-from sj_robust.core.preserved import seeded_network
+from sj_robust.core.preserved import from_reset, seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.weights import weights
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
