@@ -222,12 +222,6 @@ def test_the_hour_on_a_gpu_is_one_command_that_goes_on(clone, monkeypatch, capsy
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
-def test_without_a_gpu_it_says_so():
-    with pytest.raises(SystemExit, match="no CUDA GPU"):
-        benchmark.main(["--device", "cuda"])
-
-
 def test_a_file_of_something_else_is_not_drawn(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(ValueError, match="no measurements"):
