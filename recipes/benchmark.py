@@ -27,14 +27,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lab.command_line import (
+    AtLeastTwo,
+    OutputFolder,
+    PositiveInt,
     WrongUse,
+    Yaml,
     check_options,
     checked,
     describe_folder,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import AtLeastTwo, OutputFolder, PositiveInt, Yaml
 
 
 @dataclass(frozen=True)

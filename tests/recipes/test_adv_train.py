@@ -14,7 +14,7 @@ from data.test_image_folder import picture
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
 from filelock import FileLock
-from lab.command_line.declared import idle
+from lab.command_line import idle
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
