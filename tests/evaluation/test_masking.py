@@ -258,35 +258,6 @@ def test_any_callable_will_do_and_so_does_inference_mode(linear, batch):
         assert findings(linear, [tensor.clone() for tensor in batch]) == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"threat": ThreatModel("Linf", 0.0)}, ValueError, "eps must be > 0"),
-        ({"threat": 0.1}, TypeError, "must be a ThreatModel"),
-        (
-            {"threat": ThreatModel("L0", 10)},
-            ValueError,
-            "'Linf' or 'L2', whose attacks move values a little, got 'L0'",
-        ),
-        ({"steps": 0}, ValueError, "steps must be >= 1"),
-        ({"eot_samples": 1.5}, TypeError, "eot_samples must be an integer"),
-        ({"estimators": ["no such"]}, ValueError, "no such"),
-        ({"model": None}, TypeError, "callable"),
-    ],
-)
-def test_wrong_use(linear, change, error, match):
-    arguments = {
-        "model": linear,
-        "x": torch.zeros(2, 1, 8, 8),
-        "y": torch.tensor([0, 1]),
-        "threat": THREAT,
-        "seed": 0,
-    }
-    arguments |= change
-    with pytest.raises(error, match=match):
-        diagnose(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
-
-
 def trial(name, left, gained=0, lost=0, note="", steps=60):
     return EstimatorTrial(name, left, left, 0.0, 40, gained, lost, note=note, steps=steps)
 

@@ -53,8 +53,6 @@ def test_gradient_attacks_average_and_go_on():
     assert whole.attack.keywords["version"] == "rand"
     events = make_suite("events", ThreatModel("L0", 5), classes=4, eot_samples=4).members
     assert all(m.attack.keywords["confidence"] > 0 for m in events if m.name.startswith("flips"))
-    with pytest.raises(ValueError, match="eot_samples must be >= 1, got 0"):
-        make_suite("fast", THREAT, classes=10, eot_samples=0)
 
 
 @pytest.mark.slow
