@@ -54,8 +54,8 @@ def check_budgets(found, hashed):
 def test_images_are_checked_and_hashed_once_and_logits_where_they_are_scored(counts):
     model = count_forwards(classifier(), counts)
     with shortened():
-        sj_robust.evaluate(model, *images(20), eps=0.1, suite="fast", progress=False)
-    check_budgets(counts, hashed=20 + 1)  # every image, and all of them together
+        sj_robust.evaluate(model, *images(8), eps=0.1, suite="fast", progress=False)
+    check_budgets(counts, hashed=8 + 1)  # every image, and all of them together
 
 
 def test_outside_an_evaluation_an_attack_checks_every_answer(counts):

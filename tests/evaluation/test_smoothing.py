@@ -33,7 +33,9 @@ Y = torch.zeros(6, dtype=torch.int64)
 
 
 def bracket(smoothing, radii=(0.25, 0.0, 0.15), **options):
-    return smoothed_bracket(half_space(), X, Y, smoothing, **{"eps": radii} | options)
+    return smoothed_bracket(
+        half_space(), X, Y, smoothing, **{"eps": radii, "steps": 5, "eot_samples": 4} | options
+    )
 
 
 def ends(found, radius):
