@@ -22,7 +22,7 @@ from sj_robust.evaluation.subject import Subject
 
 
 def without_attacks(suite):
-    return replace(suite, search=None, members=suite.members[:1], control=())
+    return replace(suite, search=None, members=suite.members[:1], control=(), plain=())
 
 
 def one_of_each(suite):
