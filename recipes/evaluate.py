@@ -227,14 +227,13 @@ from sj_robust.core.eps import parse_eps
 from sj_robust.core.folders import read_text
 from sj_robust.data import load_images
 from sj_robust.evaluation import Report, compare_reports
-from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.assess import assess, stress_network
 from sj_robust.evaluation.report.pictures import gallery_of
 from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.suites import check_radius, check_rounds, check_suite
-from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
 

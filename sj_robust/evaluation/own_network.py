@@ -31,12 +31,11 @@ from sj_robust.core.eps import several
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode, full_precision
 from sj_robust.core.threat import NormName, Threat, ThreatModel, as_threat
-from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.assess import assess, stress_network
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request
-from sj_robust.evaluation.run.corruptions import Corruption, check_images_to_corrupt
 from sj_robust.evaluation.run.data import Batches, Data, given_data
-from sj_robust.evaluation.run.faults import Fault
+from sj_robust.evaluation.run.faults import Corruption, Fault, check_images_to_corrupt
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.suites import (
     SuiteName,
@@ -45,7 +44,6 @@ from sj_robust.evaluation.run.suites import (
     check_shape,
     check_suite,
 )
-from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.neuron.charging import NeuronKey, stated
 

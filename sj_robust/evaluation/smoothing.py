@@ -19,8 +19,7 @@ from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.identity import network_key
 from sj_robust.evaluation.run.loop import Asked, run
-from sj_robust.evaluation.run.member import Member
-from sj_robust.evaluation.run.variant import Variant
+from sj_robust.evaluation.run.member import Member, Variant
 from sj_robust.proofs.smoothing import ABSTAINED, SmoothedClassifier, Smoothing, smooth
 
 __all__ = ["smoothed_bracket"]

@@ -30,9 +30,9 @@ from sj_robust.evaluation.report.pictures import gallery_within
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
+from sj_robust.evaluation.run.member import Variant
 from sj_robust.evaluation.run.progress import Position, Watch
 from sj_robust.evaluation.run.proofs import proof_row
-from sj_robust.evaluation.run.variant import Variant
 from sj_robust.models.weights import read_weights
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor

@@ -14,7 +14,8 @@ from lab.command_line import WrongUse
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import Fault, Report, stressing
+from sj_robust.evaluation import Fault, Report
+from sj_robust.evaluation import assess as assessment
 from sj_robust.evaluation.report.levels import intact, levels
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -302,7 +303,7 @@ def test_the_shift_of_a_training_fits_the_frames(trained, T, expected):
 
 def test_stress(folder, tmp_path, capsys, monkeypatch):
     few = (Fault("weight_bits", 2), Fault("stuck_at_zero", 0.5), Fault("first_steps", 1))
-    monkeypatch.setattr(stressing, "default_faults", lambda model: few)
+    monkeypatch.setattr(assessment, "default_faults", lambda model: few)
     options = (
         *split("runs/one --suite stress --fault-draws 2 --T 5"),
         *SMALL,

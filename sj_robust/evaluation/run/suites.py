@@ -32,7 +32,7 @@ from sj_robust.evaluation.run.estimator_search import (
     random_event_attack,
 )
 from sj_robust.evaluation.run.member import Member
-from sj_robust.evaluation.run.program import program
+from sj_robust.evaluation.run.proofs import program
 
 __all__ = [
     "GRADES",
