@@ -16,7 +16,7 @@ from sj_robust.core.checks import check_logits, logits_of, taken_for_checked
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.estimators import estimator
-from sj_robust.evaluation.diagnosis._slopes import agreement
+from sj_robust.evaluation.diagnosis._slopes import agreement, agreement_far
 from sj_robust.evaluation.run.draws import changed_by_others
 
 __all__ = ["Gradients", "Probe"]
@@ -25,6 +25,8 @@ _FEATURES = 512
 _SLOPE = 8.0
 """Of the random features: steep enough to bend within the pixels of an image."""
 _RIDGE = 1e-3
+_LEAST_STEP = 0.01
+"""Of every pixel, which neither rounding nor an image of 8 bits hides."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,15 @@ class Probe:
         is_random = bool(self.random.any())
         seed = self._seed("slopes")
         return agreement(self.model, forward, self.x, seed=seed, with_images=not is_random)
+
+    @cached_property
+    def agreement_far(self) -> float:
+        """How well the gradient predicts a step of the radius, up to the first spiking layers."""
+        if bool(self.random.any()):
+            return 1.0
+        forward = partial(self._repeatable, self.model)
+        step = max(_LEAST_STEP, self.threat.eps / self.diameter)
+        return agreement_far(self.model, forward, self.x, seed=self._seed("slopes"), step=step)
 
     def losses(self, x: Tensor) -> Tensor:
         """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are

@@ -1,7 +1,7 @@
 """Gradients between spiking layers, where no surrogate has a part, beside finite differences."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sj_robust.core.host import is_neuron, step_mode
 
-__all__ = ["agreement"]
+__all__ = ["IMAGES", "agreement", "agreement_far"]
 
 Forward = Callable[[Tensor], Tensor]
 
-_IMAGES = "the images"
+IMAGES = "the images"
 _STEPS = (1e-3, 1e-2, 1e-1)
 """Steps whose differences are measured: the first that rounding spares, and larger ones for a
 network that rounds its images itself.
@@ -49,12 +49,30 @@ def agreement(
         with_images: Whether the images are moved.
     """
     held = _Held(len(x), seed)
-    inwards = torch.where(x < 0.5, x, x - _AWAY)  # what is added there stays within [0, 1]
     with held.inside(model):
-        with torch.no_grad():
-            held.run(forward, inwards)
-        names = [name for name in held.leaves if with_images or name != _IMAGES]
-        return {name: held.agreement(forward, name) for name in names}
+        held.begin(forward, x)
+        names = [name for name in held.leaves if with_images or name != IMAGES]
+        return {name: max(held.agreement(forward, name, _STEPS)) for name in names}
+
+
+def agreement_far(model: object, forward: Forward, x: Tensor, *, seed: int, step: float) -> float:
+    """How well the gradient at the images predicts what one larger step does to the inputs of the
+    spiking layers that they reach first; 1 for a network without spiking layers, which may bend.
+
+    Args:
+        model: The network.
+        forward: Its logits, as in :func:`agreement`.
+        x: Images [N, ...].
+        seed: Of the directions.
+        step: Of every pixel.
+    """
+    held = _Held(len(x), seed)
+    with held.inside(model):
+        held.begin(forward, x)
+        if held.leaves.keys() == {IMAGES}:
+            return 1.0
+        (found,) = held.agreement(forward, IMAGES, (step,))
+        return found
 
 
 class _Held:
@@ -91,21 +109,26 @@ class _Held:
             for handle in handles:
                 handle.remove()
 
+    @torch.no_grad()
+    def begin(self, forward: Forward, x: Tensor) -> None:
+        """Find what every spiking layer puts out, near the images and within [0, 1]."""
+        self.run(forward, torch.where(x < 0.5, x, x - _AWAY))
+
     def run(self, forward: Forward, x: Tensor | None = None) -> list["_Values"]:
         """What the leaves move, in the order of a forward."""
         self._calls.clear()
         self._inputs = []
-        logits = forward(self._output(_IMAGES, 0, x))
+        logits = forward(self._output(IMAGES, 0, x))
         return [*self._inputs, _Values(logits, 0)]
 
-    def agreement(self, forward: Forward, name: str) -> float:
-        """The best cosine over the steps."""
+    def agreement(self, forward: Forward, name: str, steps: Sequence[float]) -> list[float]:
+        """The cosine of every step."""
         leaves = self.leaves[name]
         with torch.enable_grad():
             base = self.run(forward)
         by_image = all(one.fits(self._images) for one in (*leaves, *base))
         predicted: list[Tensor] = []
-        measured: dict[float, list[Tensor]] = {step: [] for step in _STEPS}
+        measured: dict[float, list[Tensor]] = {step: [] for step in steps}
         for _ in range(_DRAWS):
             ways = [(self.uniform(leaf.tensor) - 0.5).sign() for leaf in leaves]
             weights = [self.uniform(target.tensor) - 0.5 for target in base]
@@ -114,7 +137,7 @@ class _Held:
                 leaf.times(g, way) for leaf, g, way in zip(leaves, slopes, ways, strict=True)
             ]
             predicted.append(_total(products, by_image))
-            for step in _STEPS:
+            for step in steps:
                 self._moved = {name: [step * way for way in ways]}
                 with torch.no_grad():
                     after = self.run(forward)
@@ -125,7 +148,7 @@ class _Held:
                 ]
                 measured[step].append(_total(changes, by_image))
         claimed = torch.cat(predicted)
-        return max(_cosine(claimed, torch.cat(found)) for found in measured.values())
+        return [_cosine(claimed, torch.cat(found)) for found in measured.values()]
 
     def _output(self, name: str, dim: int, given: Tensor | None) -> Tensor:
         """What a layer puts out in its next call."""

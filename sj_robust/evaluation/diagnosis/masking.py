@@ -139,7 +139,8 @@ def diagnose(
         ]
         if activity:
             findings += _symptoms.layers(activity)
-        findings += [*_symptoms.gradients(probe), _symptoms.slopes(probe)]
+        findings += _symptoms.gradients(probe)
+        findings += [_symptoms.slopes(probe), _symptoms.slopes_far(probe)]
         if bool(probe.right.any()):
             findings += _symptoms.attacks(probe)
             findings.append(_symptoms.transfer(probe, source))
