@@ -3,7 +3,7 @@ beside finite differences, attacks and their success.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,12 +28,15 @@ __all__ = [
     "Gradients",
     "Probe",
     "agreement",
+    "agreement_far",
 ]
 
 _FEATURES = 512
 _SLOPE = 8.0
 """Of the random features: steep enough to bend within the pixels of an image."""
 _RIDGE = 1e-3
+_LEAST_STEP = 0.01
+"""Of every pixel, which neither rounding nor an image of 8 bits hides."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,15 @@ class Probe:
         is_random = bool(self.random.any())
         seed = self._seed("slopes")
         return agreement(self.model, forward, self.x, seed=seed, with_images=not is_random)
+
+    @cached_property
+    def agreement_far(self) -> float:
+        """How well the gradient predicts a step of the radius, up to the first spiking layers."""
+        if bool(self.random.any()):
+            return 1.0
+        forward = partial(self._repeatable, self.model)
+        step = max(_LEAST_STEP, self.threat.eps / self.diameter)
+        return agreement_far(self.model, forward, self.x, seed=self._seed("slopes"), step=step)
 
     def losses(self, x: Tensor) -> Tensor:
         """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are
@@ -358,7 +370,7 @@ def _fitted(inputs: Tensor, targets: Tensor, *, seed: int) -> nn.Module:
 
 Forward = Callable[[Tensor], Tensor]
 
-_IMAGES = "the images"
+IMAGES = "the images"
 _STEPS = (1e-3, 1e-2, 1e-1)
 """Steps whose differences are measured: the first that rounding spares, and larger ones for a
 network that rounds its images itself.
@@ -391,12 +403,30 @@ def agreement(
         with_images: Whether the images are moved.
     """
     held = _Held(len(x), seed)
-    inwards = torch.where(x < 0.5, x, x - _AWAY)  # what is added there stays within [0, 1]
     with held.inside(model):
-        with torch.no_grad():
-            held.run(forward, inwards)
-        names = [name for name in held.leaves if with_images or name != _IMAGES]
-        return {name: held.agreement(forward, name) for name in names}
+        held.begin(forward, x)
+        names = [name for name in held.leaves if with_images or name != IMAGES]
+        return {name: max(held.agreement(forward, name, _STEPS)) for name in names}
+
+
+def agreement_far(model: object, forward: Forward, x: Tensor, *, seed: int, step: float) -> float:
+    """How well the gradient at the images predicts what one larger step does to the inputs of the
+    spiking layers that they reach first; 1 for a network without spiking layers, which may bend.
+
+    Args:
+        model: The network.
+        forward: Its logits, as in :func:`agreement`.
+        x: Images [N, ...].
+        seed: Of the directions.
+        step: Of every pixel.
+    """
+    held = _Held(len(x), seed)
+    with held.inside(model):
+        held.begin(forward, x)
+        if held.leaves.keys() == {IMAGES}:
+            return 1.0
+        (found,) = held.agreement(forward, IMAGES, (step,))
+        return found
 
 
 class _Held:
@@ -433,21 +463,26 @@ class _Held:
             for handle in handles:
                 handle.remove()
 
+    @torch.no_grad()
+    def begin(self, forward: Forward, x: Tensor) -> None:
+        """Find what every spiking layer puts out, near the images and within [0, 1]."""
+        self.run(forward, torch.where(x < 0.5, x, x - _AWAY))
+
     def run(self, forward: Forward, x: Tensor | None = None) -> list["_Values"]:
         """What the leaves move, in the order of a forward."""
         self._calls.clear()
         self._inputs = []
-        logits = forward(self._output(_IMAGES, 0, x))
+        logits = forward(self._output(IMAGES, 0, x))
         return [*self._inputs, _Values(logits, 0)]
 
-    def agreement(self, forward: Forward, name: str) -> float:
-        """The best cosine over the steps."""
+    def agreement(self, forward: Forward, name: str, steps: Sequence[float]) -> list[float]:
+        """The cosine of every step."""
         leaves = self.leaves[name]
         with torch.enable_grad():
             base = self.run(forward)
         by_image = all(one.fits(self._images) for one in (*leaves, *base))
         predicted: list[Tensor] = []
-        measured: dict[float, list[Tensor]] = {step: [] for step in _STEPS}
+        measured: dict[float, list[Tensor]] = {step: [] for step in steps}
         for _ in range(_DRAWS):
             ways = [(self.uniform(leaf.tensor) - 0.5).sign() for leaf in leaves]
             weights = [self.uniform(target.tensor) - 0.5 for target in base]
@@ -456,7 +491,7 @@ class _Held:
                 leaf.times(g, way) for leaf, g, way in zip(leaves, slopes, ways, strict=True)
             ]
             predicted.append(_total(products, by_image))
-            for step in _STEPS:
+            for step in steps:
                 self._moved = {name: [step * way for way in ways]}
                 with torch.no_grad():
                     after = self.run(forward)
@@ -467,7 +502,7 @@ class _Held:
                 ]
                 measured[step].append(_total(changes, by_image))
         claimed = torch.cat(predicted)
-        return max(_cosine(claimed, torch.cat(found)) for found in measured.values())
+        return [_cosine(claimed, torch.cat(found)) for found in measured.values()]
 
     def _output(self, name: str, dim: int, given: Tensor | None) -> Tensor:
         """What a layer puts out in its next call."""

@@ -44,6 +44,7 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
         "saturated_loss": 0.1,
         "loss_does_not_rise": 0.1,
         "gradient_of_another": 0.1,
+        "gradient_of_small_steps": 0.3,
         "noise_beats_attack": 0.05,
         "single_step_beats_iterative": 0.05,
         "more_steps_fool_fewer": 0.05,
@@ -214,7 +215,7 @@ def diagnose(
         ]
         if activity:
             findings += layers(activity)
-        findings += [*gradients(probe), slopes(probe)]
+        findings += [*gradients(probe), slopes(probe), slopes_far(probe)]
         if bool(probe.right.any()):
             findings += attacks(probe)
             findings.append(transfer(probe, source))
@@ -300,6 +301,19 @@ def slopes(probe: Probe) -> Finding:
         "Look there for a custom backward pass, a hook on gradients, detach or a switch on "
         "whether gradients are enabled; attack without gradients (Square), and by transfer from "
         "a copy with plain gradients, as evaluate then does.",
+    )
+
+
+def slopes_far(probe: Probe) -> Finding:
+    """The piece up to the first spiking layers, whose gradient changes within the radius."""
+    cosine = probe.agreement_far
+    return _finding(
+        "gradient_of_small_steps",
+        min(1.0, max(0.0, 1.0 - cosine)),
+        "Up to the first spiking layers, the gradient predicts what a step of the radius changes "
+        f"with a cosine of {cosine:.2f}. Surrogates have no part in it.",
+        "Look there for a function that turns within the radius, such as a sine; attack without "
+        "gradients (Square), as evaluate then does.",
     )
 
 
