@@ -18,7 +18,7 @@ from sj_robust.core.checks import (
     check_size,
     check_switch,
 )
-from sj_robust.core.host import step_mode
+from sj_robust.core.host import invalidate_reset_cache, is_neuron, step_mode
 from sj_robust.core.preserved import full_precision, preserved
 from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.neuron import DLIFNode
@@ -27,18 +27,26 @@ __all__ = ["Rescale", "convert"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-POOLINGS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-POOLINGS += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-PASSING = (*POOLINGS, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Identity)
+PASSING: tuple[type[nn.Module], ...] = (
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Flatten,
+    nn.Identity,
+)
 """Modules that keep the order of the channels and are linear in evaluation mode."""
 
-LINEAR = (*PASSING, *CONVOLUTIONS, *NORMS, nn.Linear)
-
-PASSING_CALLS = ("flatten", "reshape", "view", "contiguous", "dropout")
-PASSING_CALLS += ("avg_pool2d", "adaptive_avg_pool2d")
-LINEAR_CALLS = (*PASSING_CALLS, "add", "iadd", "sub", "neg", "cat", "mean", "getitem", "getattr")
-LINEAR_CALLS += ("size", "dim")
-PRODUCTS = ("mul", "truediv", "div", "matmul", "linear", "conv2d")
+PASSING_CALLS = {"flatten", "reshape", "view", "contiguous", "dropout", "avg_pool2d"}
+PASSING_CALLS |= {"adaptive_avg_pool2d"}
+LINEAR_CALLS = PASSING_CALLS | {"add", "iadd", "sub", "neg", "cat", "mean", "getitem"}
+LINEAR_CALLS |= {"getattr", "size", "dim"}
+PRODUCTS = {"mul", "truediv", "div", "matmul", "linear", "conv2d"}
 """Linear in one of their arguments."""
 
 
@@ -108,6 +116,11 @@ def convert(
     quantile = check_size("quantile", quantile, positive=True, at_most=1.0)
     check_switch("per_channel", per_channel)
     check_images(x)
+    if any(is_neuron(module) for module in twin.modules()):
+        raise ValueError(
+            "twin must be a network of ReLUs, got one of spiking neurons; train it with "
+            "--neuron relu --T 1, or with nn.ReLU in their place"
+        )
     model = copy.deepcopy(twin)
     if not isinstance(model, SpikingClassifier):
         model = SpikingClassifier(model, 1, mean=mean, std=std, takes="steps")
@@ -170,7 +183,9 @@ class _Traced:
         recorder = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
         recorder.run(frames)
         self.values: dict[Node, Any] = recorder.env
-        self.calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        self.calls = Counter(
+            str(node.target) for node in self.graph.nodes if node.op == "call_module"
+        )
         self.rewritten = False
         self._check()
 
@@ -180,7 +195,7 @@ class _Traced:
 
     def _is_relu(self, node: Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.modules[node.target], nn.ReLU)
+            return isinstance(self.modules[str(node.target)], nn.ReLU)
         return node.op in CALLS and _name(node) == "relu"
 
     def _check(self) -> None:
@@ -192,7 +207,7 @@ class _Traced:
             )
         images = {next(iter(self.graph.nodes))}
         for node in self.graph.nodes:
-            inputs = [one for one in node.all_input_nodes if one in images]
+            inputs = [one for one in _inputs(node) if one in images]
             if not inputs:
                 continue
             if _name(node) not in ("size", "dim", "getattr"):
@@ -200,8 +215,10 @@ class _Traced:
             if self._is_relu(node) or node.op == "output":
                 continue
             if node.op == "call_module":
-                linear = isinstance(self.modules[node.target], LINEAR)
-                what = f"{node.target} ({type(self.modules[node.target]).__name__})"
+                linear = isinstance(
+                    self.modules[str(node.target)], (*PASSING, *CONVOLUTIONS, *NORMS, nn.Linear)
+                )
+                what = f"{node.target} ({type(self.modules[str(node.target)]).__name__})"
             else:
                 linear = _name(node) in LINEAR_CALLS
                 linear |= _name(node) in PRODUCTS and len(inputs) == 1
@@ -254,8 +271,8 @@ class _Traced:
 
     def _scaled_before(self, node: Node, scale: Tensor, shift: float) -> bool:
         """Whether the module before a ReLU could take the scale and the constant."""
-        producer = node.args[0]
-        module = self._own_module(producer)
+        producer = _inputs(node)[0]
+        module: Any = self._own_module(producer)
         if module is None or len(producer.users) > 1 or getattr(module, "weight", None) is None:
             return False
         if not isinstance(module, (*CONVOLUTIONS, *NORMS, nn.Linear)):
@@ -271,14 +288,14 @@ class _Traced:
         waiting = list(node.users)
         while waiting:
             user = waiting.pop()
-            module = self._own_module(user)
-            passes = _name(user) in PASSING_CALLS and len(user.all_input_nodes) == 1
+            module: Any = self._own_module(user)
+            passes = _name(user) in PASSING_CALLS and len(_inputs(user)) == 1
             if isinstance(module, PASSING) or (user.op in CALLS and passes):
                 waiting.extend(user.users)
                 continue
             if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
                 return False
-            given = self.values[user.args[0]]
+            given = self.values[_inputs(user)[0]]
             if isinstance(module, nn.Linear):
                 flat = given.ndim == self._channel + 1 and given.shape[-1] % len(scale) == 0
                 factor = scale.repeat_interleave(given.shape[-1] // len(scale))
@@ -292,19 +309,20 @@ class _Traced:
             weight *= factor
         return bool(weights)
 
-    def _own_module(self, node: Any) -> nn.Module | None:
+    def _own_module(self, node: Node) -> nn.Module | None:
         """The module that a node calls, if nothing else calls it."""
-        if not isinstance(node, Node) or node.op != "call_module" or self.calls[node.target] > 1:
+        if node.op != "call_module" or self.calls[str(node.target)] > 1:
             return None
-        return self.modules[node.target]
+        module: nn.Module = self.modules[str(node.target)]
+        return module
 
     def network(self, T: int) -> nn.Module:
         """The network with its neurons."""
         if isinstance(self.net, DirectlyEncoded):
             self.net.T = T
-        if not self.rewritten:
-            return self.net
-        return fx.GraphModule(self.root, self.graph)
+        net = fx.GraphModule(self.root, self.graph) if self.rewritten else self.net
+        invalidate_reset_cache(net)
+        return net
 
 
 CALLS = ("call_function", "call_method")
@@ -314,6 +332,13 @@ def _name(node: Node) -> str:
     """Name of what a node calls, of an operation in place as of the other."""
     name = getattr(node.target, "__name__", str(node.target))
     return name.removesuffix("_") if node.op in CALLS else name
+
+
+def _inputs(node: Node) -> list[Node]:
+    """What a node is called with, as often as it is."""
+    found: list[Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def _graph_of(root: nn.Module) -> fx.Graph:
