@@ -26,11 +26,10 @@ QUICK = [
     "tests/models/test_shipped.py",
     "tests/neuron/test_dlif.py",
     "tests/neuron/test_replacement.py",
-    "tests/ops/test_bn_dlif.py",  # in this folder, every backend that is there
-    "tests/ops/test_dlif.py",
+    "tests/ops/test_kernels.py",  # every backend that is there
     "tests/ops/test_trains.py",
     "tests/perturbation/test_monitor.py",
-    "tests/proofs/test_never_false.py",  # every method
+    "tests/proofs/test_networks.py",  # every method
     "tests/test_classifier.py",
     "tests/training/test_training_step.py",
 ]

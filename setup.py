@@ -92,7 +92,7 @@ setup(
     ext_modules=[
         Extension(
             "sj_robust.ops.dlif._kernel",
-            sources=[str(_OPS / name / "kernel.cpp") for name in ("dlif", "bn_dlif", "trains")],
+            sources=[str(_OPS / name / "kernel.cpp") for name in ("dlif", "trains")],
             depends=sorted(str(path) for path in _OPS.glob("*/*.h")),
             language="c++",
             extra_compile_args=_FLAGS,

@@ -337,7 +337,7 @@ from sj_robust.models.checkpoint import check_same_run, load_run
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
-from sj_robust.training.history import EpochRecord
+from sj_robust.training.journal import EpochRecord
 from sj_robust.training.modes import Mode, event_attacks, event_training_attack, final_attacks
 from sj_robust.training.validation import (
     check_start,

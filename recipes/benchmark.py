@@ -104,11 +104,8 @@ from lab.benchmarking.benchmarks import (
     check_instruction_set,
     chosen_instruction_set,
 )
-from lab.benchmarking.gate import refuse_unless_tests_pass, run_gpu_tests
-from lab.benchmarking.race import TOO_LONG, Race
-from lab.benchmarking.results import TESTS, Results, Row, load
-from lab.benchmarking.tables import caption, markdown, table
-from lab.benchmarking.worker import NOT_HERE
+from lab.benchmarking.race import NOT_HERE, TOO_LONG, Race, refuse_unless_tests_pass, run_gpu_tests
+from lab.benchmarking.results import TESTS, Results, Row, caption, load, markdown, table
 from rich.console import Console
 from rich.table import Table
 

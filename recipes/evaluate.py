@@ -214,8 +214,7 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.evaluating import bracket_of_the_vote, read_once, two_reports
-from lab.leaderboard.check import checklist
-from lab.leaderboard.submission import check_report, take
+from lab.leaderboard.submission import check_report, checklist, take
 from lab.leaderboard.tables import elsewhere, make_leaderboard
 from lab.processes import first_process_first, make_accelerator
 from lab.run_folder import open_run_folder, removed_if_unused

@@ -88,12 +88,8 @@ if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 import torch
-import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.run_folder import removed_if_unused
-from lab.sweeping.plan import load_records
-from lab.sweeping.recipe import load_recipe
-from lab.sweeping.summary import axes_in, cells_of, columns_of
 from torch import Tensor
 
 from sj_robust import DLIFNode
@@ -206,28 +202,24 @@ def rho(options: Options, folder: Path) -> None:
     """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep; it has no
     file of numbers beside them.
     """
-    from lab.sweeping.plot import plot_effect  # imports matplotlib
+    import sweep  # imports matplotlib
+    from lab.sweeping.report import Results, plot_effect
 
-    sweep = Path(str(options.run)) / "sweep.yaml"
-    recipe = Path(__file__).with_name("adv_train.py")
-    if sweep.is_file():
-        settings = yaml.safe_load(sweep.read_text(encoding="utf-8"))
-        recipe = Path(settings.get("recipe") or recipe)
-    records = load_records(sweep.parent, load_recipe(recipe))
-    if not records:
+    run = Path(str(options.run))
+    if not (run / sweep.SWEEP_FILE).is_file():
         raise FileNotFoundError(
-            f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py"
+            f"{run} holds no {sweep.SWEEP_FILE}; make a sweep over rho with recipes/sweep.py"
         )
-    axes = axes_in(records)
-    columns = columns_of(records, options.columns, few=True)
-    drawn = plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")
+    settings = sweep.parse(["--output", str(run)])
+    results = Results(sweep.plan(settings, run).runs, sweep.axes_of(settings))
+    columns = results.columns(options.columns, few=True)
+    drawn = plot_effect(results, "rho", columns, folder / "rho")
     if not drawn:
-        known = ", ".join(columns_of(records, ["*"]))
         raise ValueError(
-            f"rho has a single value in {options.run}, or no columns fit {options.columns}; "
-            f"there are {known}"
+            f"rho has a single value in {run}, or no columns fit {options.columns}; there are "
+            f"{', '.join(results.columns(['*']))}"
         )
-    print(f"{len(records)} runs drawn as {', '.join(file.name for file in drawn)}")
+    print(f"{len(results.records)} runs drawn as {', '.join(file.name for file in drawn)}")
 
 
 def images_for(options: Options, subject: Subject) -> tuple[Tensor, Tensor]:

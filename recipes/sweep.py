@@ -14,9 +14,8 @@ Examples:
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +34,6 @@ from lab.command_line.declared import NamesCode, OutputFolder, PositiveInt, Yaml
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
-CELLS_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -112,23 +110,25 @@ if __name__ == "__main__":
     )  # ends here if they are wrong: what follows imports torch
 
 import yaml
-from lab.sweeping.cells import (
-    NamedCell,
-    Trial,
-    check_search,
-    compared,
+from lab.sweeping.grid import (
+    check_suite_is_run,
+    expand,
+    names_in,
     read_cells,
+    read_evaluations,
+    seeds_of,
+)
+from lab.sweeping.perform import LOG_FILE, executor_for, perform_all
+from lab.sweeping.report import Results, write_report
+from lab.sweeping.runs import (
+    PlannedRun,
+    Planner,
+    Skip,
+    Trial,
+    compared,
+    load_recipe,
     trials_csv,
 )
-from lab.sweeping.evaluations import check_suite_is_run, read_evaluations
-from lab.sweeping.grid import expand, names_in, seeds_of, values_in
-from lab.sweeping.perform import LOG_FILE
-from lab.sweeping.plan import PlannedRun, begun_runs, load_records, plan_runs
-from lab.sweeping.pool import executor_for, perform_all
-from lab.sweeping.recipe import load_recipe
-from lab.sweeping.record import RunRecord
-from lab.sweeping.report import write_report
-from lab.sweeping.skip import Skip
 from rich.console import Console
 
 from sj_robust.core.console import duration, working
@@ -144,8 +144,8 @@ def main(arguments: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
     failed: list[str] = []
     with checked(), working("checking every run", console):
-        planned = None if options.report and not options.cells else plan(options, folder)
-    if not options.report and planned is not None:
+        planned = plan(options, folder)
+    if not options.report:
         folder.mkdir(parents=True, exist_ok=True)
         busy = f"{folder} is being written by another sweep; wait for it, or change --output"
         with locked(folder / ".lock", busy):
@@ -154,21 +154,20 @@ def main(arguments: list[str]) -> None:
                     folder, options.cluster, options.cluster_options, jobs=options.jobs
                 )
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
-            failed = list(run_all(options, executor, folder, console).values())
-            planned = plan(options, folder)
-    records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
-    grid = values_in(expand(options.grid))
-    if options.cells and planned is not None:
-        grid = {"cell": list(options.cells), **grid}
-        records = of_cells(records, planned, list(grid))
+            kept = plain(options) | {"output": None, "report": False}
+            write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
+            failed += run(options, planned.searches, executor, folder, console)
+            planned = plan(options, folder)  # what the searches chose is known now
+            failed += run(options, planned.runs, executor, folder, console)
+    if planned.trials:
         write_whole(folder / "search.csv", trials_csv(planned.trials))
-    if records or not failed:
+    results = Results(planned.runs, axes_of(options))
+    if results.cells or not failed:
         with checked():
             files = write_report(
                 folder,
-                records,
+                results,
                 console,
-                grid=grid,
                 columns=options.columns,
                 contrast=options.contrast,
                 plot=options.plot,
@@ -181,43 +180,16 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def run_all(options: Options, executor: Any, folder: Path, console: Console) -> dict[str, str]:
-    """Perform every run that is missing; returns what failed, by the names of the runs."""
-    kept = plain(options) | {"output": None, "report": False}
-    write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
-    failed: dict[str, str] = {}
-    for part in parts_of(options):
-        planned = plan(part, folder, whole=False)
-        searches = [one for one in planned.searches if one.name not in failed]
-        if searches:
-            failed |= run(options, searches, executor, folder, console)
-        # what the searches chose is known now
-        planned = plan(part, folder, whole=False)
-        runs = [one for one in planned.runs if one.name not in failed]
-        if part is options or not all(one.finished for one in runs):
-            failed |= run(options, runs, executor, folder, console)
-    return failed
-
-
-def parts_of(options: Options) -> Iterator[Options]:
-    """The sweep; before it, where cells have names, a few cells at a time with the first seed, so
-    that the first ones are finished early.
-    """
-    names = list(options.cells)
-    for start in range(0, len(names), CELLS_TOGETHER):
-        few = {name: options.cells[name] for name in names[start : start + CELLS_TOGETHER]}
-        yield replace(options, cells=few, seeds=seeds_of(options.seeds)[:1])
-    yield options
-
-
 def run(
     options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
-) -> dict[str, str]:
+) -> list[str]:
     """Perform the runs that are missing, and say how each ended; returns what failed."""
+    if not planned:
+        return []
     missing = [one for one in planned if not one.finished]
     done = len(planned) - len(missing)
     console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
-    failed = {}
+    failed = []
     start = time.monotonic()
     ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads)
     for number, (one, error) in enumerate(ends, 1):
@@ -226,7 +198,7 @@ def run(
             said = record.headline
         else:
             said = f"FAILED, {error}; see {one.folder / LOG_FILE}"
-            failed[one.name] = f"{one.name}: {error}"
+            failed.append(f"{one.name}: {error}")
         left = duration((time.monotonic() - start) / number * (len(missing) - number))
         console.print(
             f"{done + number}/{len(planned)} {one.name}: {said}; {left} left", markup=False
@@ -249,75 +221,74 @@ class Plan:
     trials: list[Trial]
 
 
-def plan(options: Options, folder: Path, *, whole: bool = True) -> Plan:
-    """All runs; every option is checked before anything starts.
-
-    A few cells of a sweep (``whole=False``) need not have a run for every entry of skip.
-    """
+def plan(options: Options, folder: Path) -> Plan:
+    """All runs; every option is checked before anything starts."""
     if not options.grid and not options.cells and options.base is None:
         raise ValueError(
             f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is "
             "missing)"
         )
     recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
-    for option in (*options.contrast, options.plot):
-        recipe.check_names(names_in(option))
-    base = base_options(options.base)
-    cells = read_cells(options.cells) or [NamedCell("")]
+    evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
+    given = read_evaluations(options.evaluate, options.evaluation_options, options.evaluations)
+    evaluations = {}
+    for name, chosen in given.items():
+        evaluations[name] = plain(evaluator.read(chosen, f"evaluation {name}"))
+        if options.evaluator is None:
+            check_suite_is_run(name, evaluations[name])
+            check_extra(evaluations[name]["suite"])
+    cells = read_cells(options.cells)
     grid = expand(options.grid)
     skip = Skip(options.skip, recipe)
-    evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
-    evaluations = read_evaluations(
-        options.evaluate, options.evaluation_options, options.evaluations
-    )
-    for name, chosen in evaluations.items():
-        complete = evaluator.resolve(chosen, f"evaluation {name}").complete
-        if options.evaluator is None:
-            check_suite_is_run(name, complete)
-            check_extra(complete["suite"])
-    for combination in grid if options.cells else ():
-        recipe.resolve(combination)  # else wrong values would be found after the searches
     seeds = seeds_of(options.seeds)
-    begun = begun_runs(folder, recipe)
-    runs: list[PlannedRun] = []
-    searches: list[PlannedRun] = []
-    trials: list[Trial] = []
+    check_axes(options, recipe.defaults)
+    base = base_options(options.base)
+    planner = Planner(folder, recipe, evaluator)
+    found = Plan([], [], [])
     for cell in cells:
+        cell.check(grid[0])
         fixed = base | cell.preset | options.options | cell.options
-        check_owned([*fixed, *values_in(grid), *cell.searched, *skip.names])
-        check_not_in_grid(cell, values_in(grid))
+        check_owned([*fixed, *grid[0], *cell.search[0], *skip.names])
         if "reference" in recipe.defaults:
             fixed.setdefault("reference", False)
-        combinations = skip.left_of(grid, fixed, cell.searched)
-        if not combinations:
+        settings = [(values, recipe.read(fixed | values)) for values in grid]
+        settings = [one for one in settings if not skip.matches(one[1], cell.search[0])]
+        if not settings:
             raise ValueError("skip leaves no combination of the grid; remove an entry")
-        planned = partial(
-            plan_runs,
-            folder,
-            recipe=recipe,
-            evaluator=evaluator,
-            fixed=fixed,
-            begun=begun,
-            cell=cell.name,
-        )
-        if cell.searches:
-            tried = planned(cell.values, seeds[:1], evaluations={})
-            check_search(cell, tried)
-            found = compared(cell, tried)
-            if not found:
-                searches += tried
+        if len(cell.search) > 1:
+            values = [(values, recipe.read(fixed | values)) for values in cell.search]
+            tried = planner.plan(values, seeds[:1], {}, cell.name)
+            trials = compared(cell, tried)
+            if not trials:
+                found.searches.extend(tried)
                 continue
-            trials += found
-            best = next(index for index, trial in enumerate(found) if trial.chosen)
-            combinations = [cell.values[best] | combination for combination in combinations]
-        runs += planned(combinations, seeds, evaluations=evaluations)
-    if whole:
-        skip.check_used()
+            found.trials.extend(trials)
+            best = next(cell.search[at] for at, trial in enumerate(trials) if trial.chosen)
+            settings = [(best | one, recipe.read(fixed | best | one)) for one, _ in settings]
+        runs = planner.plan(settings, seeds, evaluations, cell.name, grid[0])
+        found.runs.extend(runs)
+    skip.check_used()
     if options.cells:
-        check_different([*runs, *searches])
-        # every cell with one seed before another seed
-        runs.sort(key=lambda one: int(one.options["seed"]))
-    return Plan(runs, searches, trials)
+        found.runs.sort(key=lambda one: int(one.options["seed"]))  # every cell with the first seed
+    return found
+
+
+def axes_of(options: Options) -> list[str]:
+    """Options that the grid varies, and the cell where cells have names."""
+    axes = [name for key in options.grid for name in names_in(key)]
+    return ["cell", *axes] if options.cells else axes
+
+
+def check_axes(options: Options, known: Iterable[str]) -> None:
+    """Raise ValueError unless what is tabulated can differ, and what is drawn is an option."""
+    axes = axes_of(options)
+    for name in (name for option in options.contrast for name in names_in(option)):
+        if name not in axes:
+            raise ValueError(
+                f"a contrast needs an option of the grid ({', '.join(axes)}), got {name!r}"
+            )
+    if options.plot not in known:
+        raise ValueError(f"plot must be an option ({', '.join(known)}), got {options.plot!r}")
 
 
 def check_owned(names: Iterable[str]) -> None:
@@ -327,47 +298,6 @@ def check_owned(names: Iterable[str]) -> None:
         raise ValueError(
             f"{owned[0]} is set by the sweep itself; omit it, and give seeds with --seeds"
         )
-
-
-def check_not_in_grid(cell: NamedCell, grid: Iterable[str]) -> None:
-    """What a cell sets or searches has no other values in the grid."""
-    for name in grid:
-        if name in cell.options or name in cell.searched:
-            raise ValueError(
-                f"{name} is in the grid and in cell {cell.name}, whose own value would be lost; "
-                "remove it from one of them"
-            )
-
-
-def check_different(runs: list[PlannedRun]) -> None:
-    """No two cells are the same run, which would be trained once and belong to one of them, and no
-    two have runs of the same name.
-    """
-    owners: dict[str, str] = {}
-    named: dict[str, str] = {}
-    for one in runs:
-        owner = owners.setdefault(one.identity, one.cell)
-        if owner != one.cell:
-            raise ValueError(f"cells {owner} and {one.cell} are the same run; remove one of them")
-        owner = named.setdefault(one.name, one.cell)
-        if owner != one.cell:
-            raise ValueError(
-                f"cells {owner} and {one.cell} both have a run {one.name}; rename one of them"
-            )
-
-
-def of_cells(records: list[RunRecord], planned: Plan, names: list[str]) -> list[RunRecord]:
-    """The runs of cells without those that a search did not choose, with the options ``names``
-    alone: cells differ in many.
-    """
-    cells = {one.name: one.cell for one in planned.runs}
-    found = []
-    for record in records:
-        if record.name in cells:
-            values = record.options | {"cell": cells[record.name]}
-            kept = {name: values[name] for name in (*names, "seed") if name in values}
-            found.append(replace(record, options=kept))
-    return found
 
 
 def base_options(base: str | None) -> dict[str, Any]:

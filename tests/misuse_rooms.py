@@ -4,7 +4,7 @@ the class of the error and the argument that its message names.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,26 @@ from torchvision.transforms import ToPILImage
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
-from sj_robust.data import Augmentation, load_images
-from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, SurrogateOverlap
-from sj_robust.models import ConvChain, NetworkSpec, build_classifier
+from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
+from sj_robust.data.stored import contents
+from sj_robust.defences import (
+    EvolvingLeakNode,
+    FrequencyEncoder,
+    HomeostaticNode,
+    NoisyLIFNode,
+    StochasticGate,
+    SurrogateOverlap,
+)
+from sj_robust.defences.stog import GateRates
+from sj_robust.models import (
+    VGG,
+    ConvChain,
+    NetworkSpec,
+    WideResNet,
+    build_classifier,
+    set_time_steps,
+)
 from sj_robust.models.chain import FullyConnected
 from sj_robust.perturbation import (
     MPPDMonitor,
@@ -40,10 +57,14 @@ from sj_robust.proofs.gains import (
 )
 from sj_robust.training import (
     CertifiedOptions,
+    ForwardPasses,
     GradientSparsity,
     Objective,
+    StabilityGain,
+    TemporalOrthogonality,
     ThresholdGuarding,
     TrainingPlan,
+    WeightMagnitude,
     finetune,
     retract_,
     training_attack,
@@ -117,6 +138,15 @@ def certified(**changes):
     return objective(**{"loss": "certified", "certified_eps": 0.1} | changes)
 
 
+def penalised(penalty, net=None):
+    """One forward of the objective with a penalty that does not fit the network."""
+    model = SpikingClassifier(net or linear(), T=T, takes="sequence")
+    passes = ForwardPasses(model, Y[:2], X[:2], None, None, None)
+    with penalty.observe(model):
+        logits = model(X[:2])
+    penalty.value(replace(passes, logits=logits.requires_grad_()))
+
+
 def flips(**changes):
     return certified(certified_options=CertifiedOptions(norm="L0", **changes))
 
@@ -174,14 +204,31 @@ retraction = partial(retract_, nn.Linear(2, 2))
 frames = partial(CertifiedOptions, norm="moves")
 digits = partial(load_images, "digits")
 saccades = partial(load_images, "saccade:digits")
+batches = partial(ShuffledBatches, 23, seed=0)
 overlap = partial(SurrogateOverlap, 1.0)
 chain = partial(ConvChain, (1, 8, 8), 10, T=4, spiking_neuron=DLIFNode)
 connected = partial(FullyConnected, (1, 4, 4), 3, T=2, spiking_neuron=DLIFNode)
 
 
+wide = partial(WideResNet, (1, 8, 8), 3, T=2, spiking_neuron=DLIFNode)
+
+
+def run_small(x, step_mode):
+    net = build_classifier(NetworkSpec(image_shape=(1, 4, 4), T=T)).net
+    functional.set_step_mode(net, step_mode)
+    net(x)
+
+
 def dlif(**changes):
     """A neuron of two time steps."""
     return DLIFNode(**{"T": 2} | changes)
+
+
+def encoded(steps):
+    """More frames than there are frequencies."""
+    encoder = FrequencyEncoder(0.5)
+    for _ in range(steps):
+        encoder(X[:1])
 
 
 def specified(**changes):
@@ -206,7 +253,50 @@ def augmented(shape, seed, name):
     return Misuse(lambda: Augmentation()(torch.rand(shape), [seed]), {}, name=name)
 
 
+def rotated(images):
+    Augmentation(scale=0.1)(images, [1])
+
+
+def classified(kind=SpikingClassifier, net=None, x=X[:2], **changes):
+    kind(net or linear(), **{"T": T} | changes)(x)
+
+
+class Whole(nn.Module):
+    """Takes images, and nothing with more dimensions."""
+
+    def forward(self, images):
+        assert images.ndim == 4
+        return images.flatten(1)[:, :3].expand(T, -1, 3)
+
+
+def returning(output):
+    """A network that gives something else than logits."""
+    net = nn.Flatten(2)
+    net.register_forward_hook(lambda *_: output)
+    return net
+
+
+events = partial(classified, SpikingEventClassifier)
+FRAMES = torch.zeros(2, T, 1, 4, 4)
+
 MISUSE = [
+    *rows(classified, {"T": 0}, {"std": [0.0]}, {"takes": "x"}),
+    *rows(
+        classified,
+        {"T": 2.0},
+        {"T": True},
+        {"T": torch.tensor(4)},
+        {"mean": "0.5"},
+        error=TypeError,
+    ),
+    *(Misuse(classified, {"x": x}, name="images") for x in (X[0, 0, 0], FRAMES)),
+    *(Misuse(events, {"x": x}, name="frames") for x in (X[:2], FRAMES[:, :2])),
+    Misuse(events, {"takes": "images"}),
+    Misuse(events, {"net": Whole(), "x": FRAMES}, name="images"),
+    *(
+        Misuse(classified, {"net": returning(output), "takes": "sequence"}, name="logits")
+        for output in (torch.zeros(3, 5, 2), torch.zeros(4, 5, 2, 2), (torch.zeros(2, 3),))
+    ),
     *rows(
         finetuned,
         {"mode": "fgsm"},
@@ -295,6 +385,22 @@ MISUSE = [
     *rows(crafted, {"noise_std": 0.0}, {"step_size": 0.0}, {"steps": 0}, {"eps": 8}),
     *rows(GradientSparsity, {"weight": -1.0}, {"h": 0.0, "weight": 1.0}),
     *rows(ThresholdGuarding, {"weight": NAN}, {"margin": 0.0, "weight": 1.0}),
+    *(
+        Misuse(penalised, {"penalty": penalty}, (ValueError, TypeError, RuntimeError), name)
+        for penalty, name in {
+            ThresholdGuarding(1.0, layers=["9"]): "9",
+            SurrogateOverlap(1.0, layers=["9"]): "9",
+            TemporalOrthogonality(1.0): "OrthogonalEncoder",
+            GateRates(1.0): "StochasticGate",
+            StabilityGain(1.0): "DLIF",
+        }.items()
+    ),
+    Misuse(penalised, {"penalty": WeightMagnitude(1.0), "net": nn.Flatten(2)}, name="l1"),
+    *(
+        Misuse(penalised, {"penalty": penalty(1.0), "net": net}, name=type(net).__name__)
+        for penalty in (ThresholdGuarding, SurrogateOverlap)
+        for net in (Unknown(), EvolvingLeakNode(T))
+    ),
     *rows(retraction, {"beta": -0.1}, {"beta": math.inf}, {"beta": NAN}),
     *rows(
         monitor,
@@ -375,7 +481,10 @@ MISUSE = [
     *rows(NoisyLIFNode, {"tau": 1.0}, {"noise_std": -1.0}),
     *rows(EvolvingLeakNode, {"T": 0}, {"tau": 0.5, "T": 2}),
     *rows(HomeostaticNode, {"T": 0}, {"tau_v": 0.0, "T": 2}, {"momentum": 2.0, "T": 2}),
-    *rows(overlap, {"layers": "13"}),
+    *rows(overlap, {"layers": "13"}, {"half_width": 0.0}, {"half_width": -1.0}),
+    *rows(StochasticGate, {"temperature": 0.0}),
+    *rows(FrequencyEncoder, {"narrowing": -0.1}),
+    Misuse(encoded, {"steps": 3}, RuntimeError, "step"),
     Misuse(overlap, {"layers": []}, name="layer"),
     *rows(
         specified,
@@ -403,6 +512,19 @@ MISUSE = [
     *options("surrogate_function", 3, neuron="tgo"),
     *options("kernel_size", [3], [1, 3, 3], 0, [1, 0], 3.0, "33"),
     *options("strides", [2], [3, 1]),
+    Misuse(specified, {"neuron": "relu"}, name="T"),
+    Misuse(specified, {"image_shape": (1, 3, 8)}, name="halved"),
+    Misuse(specified, {"name": "vgg16", "image_shape": (3, 16, 16)}, name="halved"),
+    *rows(partial(VGG, image_shape=(1, 8, 8), classes=3), {"name": "vgg12"}),
+    *rows(wide, {"depth": 18}, {"widen_factor": 0}),
+    *(
+        Misuse(run_small, {"x": x, "step_mode": mode}, name=name)
+        for x, mode, name in (
+            (X[0], "m", "[N, C, H, W]"),
+            (X[None], "s", "frame"),
+        )
+    ),
+    *rows(partial(set_time_steps, linear()), {"T": 0}, {"T": 2.0}, {"T": True}),
     *rows(connected, {"widths": ()}, {"widths": (4, 0)}),
     Misuse(chain, {"features": ["A", 4]}, name="begin"),
     Misuse(chain, {"features": [4, "S"]}, name="stride"),
@@ -421,6 +543,16 @@ MISUSE = [
     ),
     Misuse(digits, {"train_limit": 5}, name="validation_fraction"),
     *rows(digits, {"train_limit": 1.5}, {"test_limit": "5"}, error=TypeError),
+    *(Misuse(digits, {"augment": whole}, name="cutout") for whole in (True, Augmentation())),
+    *rows(digits, {"augment": 1}, {"augment": "yes"}, {"augment": {"scale": 1}}, error=TypeError),
+    *rows(
+        saccades,
+        {"augment": Augmentation(rotation=5), "T": 2},
+        {"augment": Augmentation(scale=0.1), "T": 2},
+    ),
+    *rows(batches, {"batch_size": 24}, {"batch_size": 4, "processes": 3}),
+    *rows(partial(image_loader, STRIPES.train, 1), {"workers": -1}),
+    Misuse(contents, {"images": []}, TypeError),
     Misuse(load_images, {"name": "imagenet"}, name="fashion_mnist"),
     *rows(saccades, {"T": None}, {"T": 0}, {"T": True}, {"T": 49}),
     *rows(
@@ -441,6 +573,7 @@ MISUSE = [
         error=TypeError,
     ),
     augmented((2, 1, 8, 8), 1, "seed"),
+    Misuse(rotated, {"images": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, TypeError),
     augmented((1, 8, 8), 1, "[N, C, H, W]"),
     augmented((1, 1, 8, 8), -1, "seeds"),
 ]

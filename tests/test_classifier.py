@@ -149,21 +149,6 @@ def test_numbers_are_taken_as_evaluate_takes_them(numbers_of, wrap):
         assert model.std.dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrap", [SpikingClassifier, as_classifier])
-@pytest.mark.parametrize(
-    ("numbers", "match"),
-    [
-        ({"T": 2.0}, "T must be an integer, got float; give one >= 1"),
-        ({"T": True}, "T must be an integer, got bool"),
-        ({"T": torch.tensor(4)}, "T must be a number of time steps, got a tensor; name the arg"),
-        ({"T": 4, "mean": "0.5"}, "mean must hold one number per channel, got '0.5'; write"),
-    ],
-)
-def test_what_is_no_number_is_refused_in_one_wording(wrap, numbers, match):
-    with pytest.raises(TypeError, match=match):
-        wrap(make_net(), **numbers)
-
-
 class Expanding(nn.Module):
     def forward(self, images):
         assert images.shape[1:] == (1, 6, 6)
@@ -261,86 +246,6 @@ def test_encoding_comes_before_normalisation():
     )
     classifier(make_images())
     assert seen[0].unique().tolist() == [-1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"T": 0}, "T must be >= 1, got 0"),
-        ({"T": 2, "std": [0.0]}, "std must be finite and > 0"),
-        ({"T": 2, "takes": "x"}, "takes must be one of 'images', "),
-    ],
-)
-def test_wrong_options(options, match):
-    """More of it stands in docs/mistakes.md, whose messages are compared by
-    test_newcomer_mistakes.py.
-    """
-    with pytest.raises(ValueError, match=match):
-        SpikingClassifier(make_net(), **options)
-
-
-class Returning(nn.Module):
-    """The same output whatever comes in."""
-
-    def __init__(self, output):
-        super().__init__()
-        self.output = output
-
-    def forward(self, frames):
-        return self.output
-
-
-@pytest.mark.parametrize(
-    ("output", "match"),
-    [
-        (
-            torch.zeros(3, 5, 2),
-            r"N = 2 and T = 4 \(on trial images\), got a tensor \[3, 5, 2\]; end it with a layer",
-        ),
-        (
-            torch.zeros(4, 5, 2, 2),
-            r"with N = 2 and T = 4 \(on trial images\), got a tensor \[4, 5, 2, 2\]",
-        ),
-        (
-            (torch.zeros(2, 3),),
-            r"got a tuple \(tensor \[2, 3\]\); .* only the logits, net\(x\)\[0\]",
-        ),
-    ],
-)
-def test_wrong_outputs(output, match):
-    classifier = SpikingClassifier(Returning(output), T=4)
-    with pytest.raises(ValueError, match=match):
-        classifier(make_images())
-
-
-def test_wrong_images():
-    classifier = SpikingClassifier(make_net(), T=4)
-    with pytest.raises(ValueError, match=r"images must be \[N, C, H, W\].*unsqueeze\(0\)"):
-        classifier(torch.rand(6))
-    with pytest.raises(ValueError, match="or pass event frames to SpikingEventClassifier"):
-        classifier(make_frames())
-
-
-def test_wrong_frames():
-    classifier = SpikingEventClassifier(make_net(), T=4)
-    message = (
-        r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), "
-        "or pass images to SpikingClassifier"
-    )
-    with pytest.raises(ValueError, match=message):
-        classifier(make_images())
-    message = r"with T = 4, got shape \(5, 3, 1, 6, 6\): 3 frames per sample$"
-    with pytest.raises(ValueError, match=message):
-        classifier(make_frames()[:, :3])
-
-
-def test_frames_for_a_network_that_takes_images():
-    with pytest.raises(ValueError, match="takes must be one of 'sequence', 'steps' here"):
-        SpikingEventClassifier(make_net(), T=2, takes="images")
-    classifier = SpikingEventClassifier(Expanding(), T=4)
-    message = "takes images .* does not repeat its input over time"
-    with pytest.raises(ValueError, match=message):
-        classifier(make_frames())
 
 
 def test_a_step_module_without_a_mode_of_its_own_is_passed_over():

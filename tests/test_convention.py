@@ -12,31 +12,17 @@ import pytest
 import torch
 from networks_as_written import CLASSES, ROWS
 from spikingjelly.activation_based import functional, layer, neuron
+from test_networks import classifier_of, plain_call
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
-from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.convention import kept_state
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, StochasticGate
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models import NetworkSpec, build_network, set_time_steps
 from sj_robust.models.direct import DirectlyEncoded
-from sj_robust.proofs import smooth
-from sj_robust.training import Objective
-
-RETURNS_A_TUPLE = "SpikeDHS"
-QUICK_OF_THE_ZOO = {"MSResNet", "Spikformer", "MNISTNet"}
-NAMES = [name for name in ROWS if name != RETURNS_A_TUPLE]
-QUICK = [name for name in NAMES if not ROWS[name].module or name in QUICK_OF_THE_ZOO]
-SLOW = [name for name in NAMES if name not in QUICK]
-
-
-def classifier_of(row, net):
-    if row.frames:
-        return SpikingEventClassifier(net, row.T).eval()
-    return SpikingClassifier(net, row.T if row.given else None).eval()
 
 
 def three_images():
@@ -45,55 +31,7 @@ def three_images():
 
 
 def model_of(name):
-    return classifier_of(ROWS[name], ROWS[name].network())
-
-
-def step_mode_of(net):
-    """Of the first module that has one."""
-    return next(module.step_mode for module in net.modules() if hasattr(module, "step_mode"))
-
-
-def plain_call(row, net, x):
-    """What the author of the network does with it."""
-    functional.reset_net(net)
-    if row.given:
-        frames = x.expand(row.T, *x.shape)
-        if row.frames:
-            frames = x.transpose(0, 1).contiguous()
-        if step_mode_of(net) == "m":
-            outputs = net(frames)
-        else:
-            outputs = torch.stack([net(frame) for frame in frames])
-    else:
-        outputs = net(x)
-    return outputs.mean(0) if outputs.ndim == 3 else outputs
-
-
-def assert_logits_of_the_plain_call(name):
-    row = ROWS[name]
-    net = row.network()
-    x = row.images(3)
-    model = classifier_of(row, net)
-    wanted = plain_call(row, net, x)
-    assert torch.equal(model(x), wanted)
-    assert torch.equal(model(x), wanted)
-    few = x[: row.T]  # so that N = T or less
-    assert torch.equal(model(few), plain_call(row, net, few))
-    assert model.convention.T == row.T
-    assert model.T == row.T
-    assert (model.convention.takes == "images") == (not row.given)
-    assert str(model.convention) in repr(model)
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_the_logits_are_those_of_the_plain_call(name):
-    assert_logits_of_the_plain_call(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_the_logits_of_other_networks_of_the_zoo_are_those_of_the_plain_call(name):
-    assert_logits_of_the_plain_call(name)
+    return classifier_of(ROWS[name])
 
 
 OTHER_IN_TRAINING = [
@@ -109,8 +47,8 @@ OTHER_IN_TRAINING = [
 @pytest.mark.parametrize("first", ["training", "evaluation"])
 def test_a_network_may_return_a_sequence_in_one_mode_and_its_mean_in_the_other(name, first):
     row = ROWS[name]
-    net = row.network()
-    model = classifier_of(row, net)
+    model = classifier_of(row)
+    net = model.net
     modes = [True, False] if first == "training" else [False, True]
     sizes = [3, row.T, CLASSES]  # so that N = T, or N and the number of classes are equal
     for n, training in itertools.product(sizes, modes):
@@ -184,10 +122,6 @@ def test_what_is_neither_logits_nor_a_sequence_is_refused_in_training_too():
     message = r"N = 3 and T = 4, got a tensor \[3, 4, 4\]; .*time first"
     with pytest.raises(ValueError, match=message):
         model.train()(x)
-
-
-def test_twenty_networks_as_people_write_them_are_there():
-    assert len(NAMES) >= 20
 
 
 def state_of(net):
@@ -442,29 +376,6 @@ def test_a_network_with_its_own_steps_gets_images_unless_it_is_said_otherwise():
     assert of_images.abs().sum() > 0
 
 
-class Alternating(nn.Module):
-    """Two calls give two things in turn."""
-
-    def __init__(self, *outputs):
-        super().__init__()
-        self.outputs = outputs
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.outputs[self.calls % 2]
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(1.0, 2.0), ("a", "b"), (None, torch.zeros(2)), (3, None)],
-)
-def test_outputs_that_are_no_tensors_are_compared_too(first, second):
-    x = torch.rand(2, 1)
-    assert kept_state(Alternating(first, second), x) == ("calls",)
-    assert kept_state(Alternating(first, first), x) == ()
-
-
 class TwoPlaces(nn.Module):
     """Two calls of one neuron: two steps, or one step of two places."""
 
@@ -682,30 +593,6 @@ def brighter(x):
     return (x + 0.05).clamp(max=1)
 
 
-def train(model, x, y):
-    losses = Objective(model.train())(x, y, x)
-    losses.total.backward()
-
-
-PER_CALL = {
-    "compare": lambda model, x, y: compare_potentials(model, x, brighter(x)),
-    "gains": lambda model, x, y: perturbation_gains(model, x, x_perturbed=brighter(x)),
-    "verify": lambda model, x, y: verify(model, x, y, 0.001),
-    "smooth": lambda model, x, y: smooth(model, x, 0.1, n0=4, n=8),
-    "objective": train,
-}
-OF_EVERY_CONVENTION = ["image repeated, mean over time", "loop over steps, mean", "single steps"]
-
-
-@pytest.mark.parametrize("call", PER_CALL)
-@pytest.mark.parametrize("name", OF_EVERY_CONVENTION)
-def test_every_call_runs_on_every_convention(name, call):
-    model = model_of(name)
-    x = ROWS[name].images(3)
-    y = model(x).argmax(1)
-    PER_CALL[call](model, x, y)
-
-
 def test_certified_gains_of_images_are_those_of_sequences():
     x = three_images()
     repeated = model_of("image repeated, mean over time")
@@ -745,15 +632,3 @@ def test_trying_is_cheap_and_happens_once():
     SpikingClassifier(net, row.T).find_convention(x)
     assert max(tried) <= 4
     assert len(tried) <= 10
-
-
-def test_functions_of_the_command_line_bring_their_steps(tmp_path, monkeypatch):
-    from sj_robust.evaluation.subject import from_function
-
-    monkeypatch.syspath_prepend(str(tmp_path))
-    text = "from networks_as_written import ROWS\nbuild = ROWS['loop over steps, mean'].network\n"
-    (tmp_path / "brings_its_steps.py").write_text(text)
-    subject = from_function("brings_its_steps:build")
-    found = check_fits(subject, torch.rand(1, 1, 8, 8), 10, "digits")
-    assert found == 10
-    assert subject.model.T == 4

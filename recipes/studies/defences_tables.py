@@ -90,12 +90,12 @@ def table(by_radius: dict[str, list[Row]]) -> str:
         lines[row["cell"]] = [row["name"], row["clean"]]
         costs[row["cell"]] = row["cost"]
     for radius, rows in by_radius.items():
-        at = f" at {radius}, %" if len(by_radius) > 1 else ", %"
-        heads += [f"{name}{at}" for name in ("PGD-20", "control", "no spike search", "at most")]
+        at = f", {radius}" if len(by_radius) > 1 else ", %"
+        heads += [f"{name}{at}" for name in ("PGD-20", "no spike search", "at most")]
         for row in rows:
             spread = f" ± {row['at_most_sd']}" if row["at_most_sd"] else ""
             most = f"**{row['at_most']}{spread}**"
-            lines[row["cell"]] += [row["pgd"], row["control"], row["no_spike_search"], most]
+            lines[row["cell"]] += [row["pgd"], row["no_spike_search"], most]
     if len(by_radius) == 1:  # measured once, so shown once
         cells = [[*line, costs[cell]] for cell, line in lines.items()]
         return markdown_table([*heads, "cost"], cells)

@@ -16,14 +16,26 @@ import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import tyro
 from networks_columns import COLUMNS, NETWORKS, left, outcome, proved
-from networks_tables import PAGE, tables
-from tables import RESULTS, once, write_page
+from tables import RESULTS, Row, groups, numbers, once, read_table, write_page
 
+from sj_robust.core.saved import markdown_table
+
+PAGE = "networks.md"
+TITLES = {
+    "evaluate": "`evaluate`",
+    "compare": "`compare_potentials`",
+    "gains": "gains",
+    "verify": "`verify`",
+    "replace": "`replace_neurons`",
+    "tune": "fine-tuning",
+}
+TAKES = {"takes images": "images", "takes a sequence": "sequence", "takes one step": "steps"}
 LARGE = ("SNASNet", "SpikeDHS")
 """Networks that are tried only where they are named."""
 
@@ -69,6 +81,55 @@ def measured_row(name: str, row: Any) -> dict[str, str]:
         began = time.process_time()
         cells[column] = outcome(tried, row)
         cells[f"{column} seconds"] = str(round(time.process_time() - began, 1))
+    return cells
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """What works with which network, and what is proved and attacked."""
+    found = read_table(folder / "networks.csv")
+    measured = read_table(folder / "networks_measured.csv")
+    heads = ["network", "SpikingJelly", "takes", *TITLES.values()]
+    works = markdown_table(heads, grouped(found), words=len(heads))
+    heads = ["SpikingJelly", "networks", "bounded", "both proved", "CPU s"]
+    heads += ["attacked", "still correct", "CPU s"]
+    by_release = groups(measured, "release").items()
+    lines = [[release, *counted(rows)] for (release,), rows in by_release]
+    proofs = markdown_table(heads, lines, words=len(heads))
+    return {"networks": works, "measured": proofs}
+
+
+def grouped(found: list[Row]) -> list[list[str]]:
+    """Networks with equal cells share a row, but for zoo and tutorials."""
+    releases = {row["release"] for row in found}
+    names: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    for (name,), rows in groups(found, "network").items():
+        there = [row["release"] for row in rows]
+        called = rows[0]["takes"]
+        kinds = [kind for start, kind in TAKES.items() if called.startswith(start)]
+        shown = ["both" if len(there) == len(releases) else ", ".join(there)]
+        shown.append(kinds[0] if kinds else "no")
+        shown += [short(rows, column) for column in TITLES]
+        of_zoo = name[0].isupper()
+        names.setdefault((of_zoo, tuple(shown)), []).append(name)
+    return [["; ".join(of_row), *cells] for (_, cells), of_row in names.items()]
+
+
+def short(rows: list[Row], column: str) -> str:
+    """What the releases say, once if it is the same."""
+    cells = {row["release"]: row[column].partition(": ")[0] for row in rows}
+    if len(set(cells.values())) == 1:
+        return next(iter(cells.values()))
+    return ", ".join(f"{text} ({release})" for release, text in cells.items())
+
+
+def counted(rows: list[Row]) -> list[str]:
+    """Number of networks, and of those that were bounded, attacked and robust, with seconds."""
+    cells = [str(len(rows))]
+    for column, best in (("verify", "2 of "), ("fast", "1 of ")):
+        worked = [row for row in rows if row[column] and not row[column].startswith("no: ")]
+        reached = sum(row[column].startswith(best) for row in worked)
+        seconds = median(numbers(worked, f"{column} seconds"))
+        cells += [str(len(worked)), str(reached), f"{seconds:.1f}"]
     return cells
 
 

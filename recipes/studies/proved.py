@@ -7,7 +7,6 @@ python recipes/studies/proved.py fashion_mnist   # after proved_fashion_mnist.ya
 python recipes/studies/proved.py cifar10         # networks that are there; pictures in data/
 
 Networks of which a table has all rows are not proved again, so that a stopped command continues.
-The tables of the page and the pictures are drawn by proved_tables.py.
 """
 
 import json
@@ -49,18 +48,19 @@ class Options:
 
 def main(options: Options) -> None:
     """Prove and attack the networks that are missing, then write the page and the figure."""
-    path = options.output / "proved" / f"{options.data}.csv"
-    of_layers = path.with_name(f"{path.stem}_layers.csv")
+    path = options.output / "proved" / "networks.csv"
+    of_layers = path.with_name("layers.csv")
     rows, layers = read_table(path), read_table(of_layers)
     for network, dataset, root in networks(options):
-        if any(layer["network"] == network["network"] for layer in layers):
+        mine = {"data": options.data, "network": network["network"]}
+        if any(mine.items() <= layer.items() for layer in layers):
             continue
         x, y = first_images(dataset, options.images or IMAGES[options.data], root=root)
         model = from_checkpoint(network.pop("checkpoint")).model.eval()
         found, measured = proved(model, x, y, RADII[options.data], MEASURED[options.data])
-        rows = [row for row in rows if row["network"] != network["network"]]
-        rows += [network | row for row in found]
-        layers += [{"network": network["network"]} | row for row in measured]
+        rows = [row for row in rows if not mine.items() <= row.items()]
+        rows += [mine | network | row for row in found]
+        layers += [mine | row for row in measured]
         write_table(rows, path)
         write_table(layers, of_layers)
         print(network["network"], ", ".join(f"{row['eps']}: {row['proved']}" for row in found))

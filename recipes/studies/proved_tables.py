@@ -19,12 +19,12 @@ from sj_robust.core.shown import COLOURS, new_figure, print_style, write_figure
 
 PAGE = "proved.md"
 TITLES = {"digits": "Digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-RADII = dict.fromkeys(("digits", "fashion_mnist"), ("0.002", "0.004", "0.008", "0.016"))
+RADII = dict.fromkeys(TITLES, ("0.002", "0.004", "0.008", "0.016"))
 RADII["cifar10"] = ("0.5/255", "1/255", "2/255", "4/255")
-SHOWN = {name: radii[1:] for name, radii in RADII.items()} | {"cifar10": RADII["cifar10"][:3]}
+SHOWN = {name: radii[2:] for name, radii in RADII.items()} | {"cifar10": RADII["cifar10"][:2]}
 """Radii in the table of the page; figure and CSV file have all."""
-WEIGHTS = {"digits": ("without", "1, last, l2", "3, last, l1", "3, last, l2")}
-"""Weights of MS-MPPD in the table of the page, where not all are."""
+WEIGHTS = ("without", "1, last, l2", "3, last, l2")
+"""Weights of MS-MPPD in the tables of the page."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,19 @@ def main(options: Options) -> None:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """Two tables for every data set that has a CSV file."""
+    """Two tables for every data set in the CSV files."""
     found = {}
     for name in TITLES:
-        rows = read_table(folder / "proved" / f"{name}.csv")
-        layers = read_table(folder / "proved" / f"{name}_layers.csv")
+        rows = of_data(name, "networks", folder)
         picture = f"![Share proved and not broken; bounds over MS-MPPD](proved/{name}.png)"
-        if rows:
-            found[f"{name} bracket"] = f"{bracket(name, rows)}\n\n{picture}"
-            found[f"{name} layers"] = predicted(rows, layers)
+        found[f"{name} bracket"] = f"{bracket(name, rows)}\n\n{picture}"
+        found[f"{name} layers"] = predicted(rows, of_data(name, "layers", folder))
     return found
+
+
+def of_data(name: str, table: str, folder: Path) -> list[Row]:
+    """Rows of one data set."""
+    return [row for row in read_table(folder / "proved" / f"{table}.csv") if row["data"] == name]
 
 
 def weight(row: Row) -> str:
@@ -63,19 +66,18 @@ def weight(row: Row) -> str:
 def bracket(name: str, rows: Sequence[Row]) -> str:
     """What is proved and what attacks leave at the radii shown, means over the seeds."""
     cells = []
-    radii = SHOWN[name]
     measured = "1/255" if name == "cifar10" else "0.008"
     for (neuron, *_), ours in groups(rows, "neuron", "rho", "layers", "norm").items():
-        if name in WEIGHTS and weight(ours[0]) not in WEIGHTS[name]:
+        if weight(ours[0]) not in WEIGHTS:
             continue
         at = {eps: found for (eps,), found in groups(ours, "eps").items()}
         ends = []
-        for eps in radii:
+        for eps in SHOWN[name]:
             low, high = numbers(at[eps], "proved"), numbers(at[eps], "left")
             ends.append(f"{with_spread(low)} / {with_spread(high)}")
         middle = [with_spread(numbers(at[measured], what)) for what in ("clean", "intervals")]
         cells.append([neuron, weight(ours[0]), middle[0], *ends, middle[1]])
-    return markdown_table(["neuron", "MS-MPPD", "clean", *radii, "intervals"], cells, words=2)
+    return markdown_table(["neuron", "MS-MPPD", "clean", *SHOWN[name], "intervals"], cells, words=2)
 
 
 def predicted(rows: Sequence[Row], layers: Sequence[Row]) -> str:
@@ -83,11 +85,11 @@ def predicted(rows: Sequence[Row], layers: Sequence[Row]) -> str:
     of_network = groups(rows, "network")
     if len(of_network) < 6:
         last = {row["network"]: row for row in layers}
-        heads = ["network", "MS-MPPD", "bounds of the potential", "undecided spikes, %"]
         cells = []
         for name, row in last.items():
             figures = [f"{float(row[column]):g}" for column in ("mppd", "width")]
             cells.append([name, *figures, f"{100 * float(row['undecided']):.1f}"])
+        heads = ["network", "MS-MPPD", "bounds of the potential", "undecided spikes, %"]
         return markdown_table(heads, cells, words=2)
     shares = {name: fmean(numbers(found, "proved")) for (name,), found in of_network.items()}
     neurons = {name: found[0]["neuron"] for (name,), found in of_network.items()}
@@ -107,7 +109,7 @@ def predicted(rows: Sequence[Row], layers: Sequence[Row]) -> str:
 @print_style()
 def draw(name: str, folder: Path) -> None:
     """The bracket over eps for each neuron and weight, and bounds of the potential over MPPD."""
-    rows = read_table(folder / "proved" / f"{name}.csv")
+    rows = of_data(name, "networks", folder)
     by_neuron = groups(rows, "neuron")
     figure = new_figure(7.2, 2.6)
     *panels, last = figure.subplots(1, len(by_neuron) + 1)
@@ -115,15 +117,14 @@ def draw(name: str, folder: Path) -> None:
         brackets(axes, found, RADII[name])
         axes.set_title(f"{TITLES[name]}, {neuron.upper()}")
     rho = {row["network"]: float(row["rho"]) for row in rows}
-    by_layer = groups(read_table(folder / "proved" / f"{name}_layers.csv"), "layer")
+    by_layer = groups(of_data(name, "layers", folder), "layer")
     for ((layer,), found), colour in zip(by_layer.items(), COLOURS, strict=False):
         for trained in (False, True):
             ours = [row for row in found if bool(rho[row["network"]]) == trained]
             look = {"color": colour, "markerfacecolor": colour if trained else "none"}
             label = layer if trained else f"{layer}, without"
             last.loglog(numbers(ours, "mppd"), numbers(ours, "width"), "o", label=label, **look)
-    last.set_xlabel("MS-MPPD under PGD-20")
-    last.set_ylabel("mean square bound of the potential")
+    last.set(xlabel="MS-MPPD under PGD-20", ylabel="mean square bound of the potential")
     last.legend(fontsize=5)
     write_figure(figure, folder / "proved" / f"{name}.png")
 
@@ -140,9 +141,7 @@ def brackets(axes: Axes, rows: Sequence[Row], radii: Sequence[str]) -> None:
         axes.plot(at, high, "--", color=colour, linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(at, radii)
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("Linf radius")
-    axes.set_ylabel("proved; dashed: not broken, %")
+    axes.set(ylim=(0, 100), xlabel="Linf radius", ylabel="proved; dashed: not broken, %")
     axes.legend()
 
 

@@ -53,24 +53,29 @@ def is_here(row: Row) -> bool:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """A table for each data set and radius, the most proved first, our own in bold."""
+    """For each data set and radius the most proved published network, and our own in bold."""
     rows = read_table(folder / "certified" / "record.csv")
-    by_task = groups([{"task": task(row)} | row for row in rows], "task")
-    blocks = [f"### {title}\n\n{table(of_task)}" for (title,), of_task in by_task.items()]
-    return {"record": "\n" + "\n\n".join(blocks) + "\n"}
-
-
-def table(rows: list[Row]) -> str:
-    """Figures as Markdown."""
-    heads = ["network", "kind", "source", "clean, %", "proved, %", "under attack, %"]
+    heads = ["data, radius", "network", "kind", "source", "clean, %", "proved, %", "attacked, %"]
     cells = []
-    for row in sorted(rows, key=lambda row: float(row["proved"] or 0), reverse=True):
-        proved = f"**{row['proved']}**" if is_here(row) else row["proved"]
-        source = row["source"]
-        for pattern, link in LINKS.items():
-            source = re.sub(pattern, link, source)
-        cells.append([row["network"], row["kind"], source, row["clean"], proved, row["attacked"]])
-    return markdown_table(heads, cells, words=3)
+    for (title,), of_task in groups([{"task": task(row)} | row for row in rows], "task").items():
+        kinds = set()
+        for row in sorted(of_task, key=lambda row: float(row["proved"] or 0), reverse=True):
+            kind = "proved" if row["proved"] else "not proved"
+            if kind in kinds and not is_here(row):
+                continue
+            kinds |= set() if is_here(row) else {kind}
+            proved = f"**{row['proved']}**" if is_here(row) else row["proved"]
+            words = [title, row["network"], row["kind"], link(row["source"])]
+            cells.append([*words, row["clean"], proved, row["attacked"]])
+            title = ""
+    return {"record": markdown_table(heads, cells, words=4)}
+
+
+def link(source: str) -> str:
+    """A source as Markdown."""
+    for pattern, target in LINKS.items():
+        source = re.sub(pattern, target, source)
+    return source
 
 
 def draw(rows: list[Row], folder: Path) -> None:

@@ -2,7 +2,7 @@
 in tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Ascent:
         self.top_x = self.x_adv
         self.top_grad = self.grad
         self.top_loss = self.loss
+        self.begin()
+
+    def begin(self) -> None:
+        """Set what only this kind of run keeps."""
 
     def move(self, step: int) -> None:
         """Set ``x_adv`` to the image of step ``step``, counted from 1."""
@@ -99,18 +103,21 @@ class Ascent:
         self.project = self.ball.projection(self.x)
 
 
-def runs(
+def ascend(
     kind: type[Ascent],
+    objective: Callable[[Tensor], Objective],
     x: Tensor,
+    y: Tensor,
     best: Best,
     *,
     ball: ThreatModel,
     steps: int,
     restarts: int,
+    keep_best: bool,
     private: Private,
-) -> Iterator[Ascent]:
+) -> None:
     """A run for every restart, from points on the border, of the samples that ``best`` has left
-    standing by then.
+    standing by then; see :meth:`Ascent.climb`.
     """
     for _ in range(restarts):
         # Drawn for all samples, so that the start of one does not depend on how many others are
@@ -119,13 +126,8 @@ def runs(
         rows = best.standing()
         if len(rows) == 0:
             return
-        yield kind(
-            rows,
-            x[rows],
-            start[rows],
-            ball=ball,
-            steps=steps,
-        )
+        run = kind(rows, x[rows], start[rows], ball=ball, steps=steps)
+        run.climb(objective, y, best, keep_best=keep_best)
 
 
 def checkpoints(steps: int) -> list[int]:

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._planes import Planes, taking_planes
-from sj_robust.attacks.averaged import averaged
-from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting, lowest_loss
+from sj_robust.attacks.call import (
+    Loss,
+    Model,
+    Objective,
+    Randomness,
+    averaged,
+    crafting,
+    lowest_loss,
+)
 from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
-from sj_robust.core.checks import check_count, check_size, logits_of
+from sj_robust.core.checks import check_counts, check_size, logits_of
 from sj_robust.core.randomness import Private, SampleDraws, private_generator, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
@@ -469,9 +476,9 @@ def first_that_fools(
     return x_adv
 
 
-def check_tries(tries: int, model: Model | None, y: Tensor | None) -> None:
+def check_tries(tries: int, eot_samples: int, model: Model | None, y: Tensor | None) -> None:
     """Raise an error for several draws without model and labels."""
-    check_count("tries", tries)
+    check_counts(tries=tries, eot_samples=eot_samples)
     if tries > 1 and (model is None or y is None):
         raise ValueError(
             f"tries > 1 need model and y to know which draw fools, got tries={tries} without them"
@@ -569,12 +576,11 @@ def _lead_of(target: Tensor, logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _checked(settings: Settings) -> Settings:
-    check_count("steps", settings.steps)
-    check_count("restarts", settings.restarts)
-    check_count("eot_samples", settings.eot_samples)
-    check_count("probes", settings.probes, least=0)
-    check_count("queries", settings.queries, least=0)
-    check_count("target_classes", settings.target_classes, least=0)
+    given = settings
+    check_counts(steps=given.steps, restarts=given.restarts, eot_samples=given.eot_samples)
+    check_counts(
+        least=0, probes=given.probes, queries=given.queries, target_classes=given.target_classes
+    )
     return replace(settings, confidence=check_size("confidence", settings.confidence))
 
 

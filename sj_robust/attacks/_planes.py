@@ -36,7 +36,8 @@ class Planes:
 
     def by_plane(self, values: Tensor) -> Tensor:
         """Values [n, D] as [n, T, planes, elements of a plane], a view."""
-        return values.view(len(values), self.frames.shape[1], self.number, -1)
+        size = self.frames.shape[2:].numel() // self.number  # also where there are no samples
+        return values.view(len(values), self.frames.shape[1], self.number, size)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Where an event may be added, and where one may be removed, [N, D] bool each."""

@@ -59,6 +59,7 @@ class Plan:
         moves: Kinds of moves, which take turns.
         forwards: Images of a sample that are judged, if it goes on to the end.
         stages: The parts of the search.
+        run: How many of them are run.
         heat: How much worse a move may be on average, as a share of a typical change.
         rivals: Classes that the chains of a sample head for, the nearest ones.
         choice: Moves that are drawn, of which the one that promises most is tried; not of flips.
@@ -69,6 +70,7 @@ class Plan:
     moves: tuple[str, ...]
     forwards: int
     stages: tuple[Stage, ...] = STAGES
+    run: int = len(STAGES)
     heat: float = 0.1
     rivals: int = 3
     choice: int = 4
@@ -126,8 +128,8 @@ class SpikeSearch:
         return torch.maximum(self.changed / self.changes, _TYPICAL * self.clean)
 
     def run(self, seeds: SampleSeeds) -> Tensor:
-        """All stages; images that fool, and elsewhere those of the smallest margin."""
-        for number, stage in enumerate(self.plan.stages):
+        """All stages that are run; images that fool, and elsewhere those of the smallest margin."""
+        for number, stage in enumerate(self.plan.stages[: self.plan.run]):
             is_near = self.best <= stage.near * self.typical
             rows = (~self.fooled & is_near).nonzero().squeeze(1)
             samples = max(1, self.plan.batch_size // stage.chains)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._ascent import Ascent, runs
+from sj_robust.attacks._ascent import Ascent, ascend
 from sj_robust.attacks.call import (
     Best,
     Loss,
@@ -19,8 +19,8 @@ from sj_robust.attacks.call import (
 )
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
 from sj_robust.attacks.projection import Norm, direction, per_sample
-from sj_robust.attacks.threat import ThreatModel, ball_threat
-from sj_robust.core.checks import check_count
+from sj_robust.attacks.threat import ball_threat
+from sj_robust.core.checks import check_counts
 
 __all__ = ["apgd"]
 
@@ -109,9 +109,9 @@ def apgd(
         tensor([0])
     """
     ball = ball_threat(norm, eps)
-    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
-        check_count(name, count)
-    check_count("target_classes", target_classes)
+    check_counts(
+        steps=steps, restarts=restarts, target_classes=target_classes, eot_samples=eot_samples
+    )
     named_loss = _checked_loss(loss)
     x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:
@@ -131,10 +131,18 @@ def apgd(
                 targets = likeliest_wrong(clean.logits, y, count)
         for target in targets:
             objective = partial(_objective, model, named_loss, target, eot_samples)
-            for run in runs(
-                _AutoAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private
-            ):
-                run.climb(objective, y, best, keep_best=keep_best)
+            ascend(
+                _AutoAscent,
+                objective,
+                x,
+                y,
+                best,
+                ball=ball,
+                steps=steps,
+                restarts=restarts,
+                keep_best=keep_best,
+                private=private,
+            )
     return best.x_adv
 
 
@@ -181,18 +189,10 @@ class _AutoAscent(Ascent):
         halved: Whether the step size was halved at the last checkpoint.
     """
 
-    def __init__(
-        self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
-    ) -> None:
-        super().__init__(
-            rows,
-            x,
-            start,
-            ball=ball,
-            steps=steps,
-        )
-        self.step_size = torch.full_like(self.loss, 2 * ball.eps)
-        self.previous = start
+    def begin(self) -> None:
+        """At the first image with the largest step."""
+        self.step_size = torch.full_like(self.loss, 2 * self.ball.eps)
+        self.previous = self.x_adv
         self.loss_before = self.loss
         self.rises = torch.zeros_like(self.loss)
         self.last_checkpoint = 0

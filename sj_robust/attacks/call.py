@@ -4,18 +4,18 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks._resets import note_missing_time, refuse_carried_states
 from sj_robust.core.checks import (
     check_images,
     check_labels,
     check_model,
     is_checked,
+    is_compiled,
     logits_of,
 )
 from sj_robust.core.preserved import evaluation_mode, seeded_network
@@ -61,8 +61,7 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
             torch.inference_mode(False),
             torch.enable_grad(),
             seeded_network(model, draw_seed(private), device),
-            refuse_carried_states(model),
-            note_missing_time(model),
+            _refuse_carried_states(model),
         ):
             yield private
     finally:
@@ -72,13 +71,12 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
 
 @contextmanager
 def isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private]:
-    """As ``crafting``, for code of other packages: afterwards all global generators, and ``.grad``
-    and ``requires_grad`` of every parameter, are as before.
+    """As ``crafting``, for code of other packages: Python and numpy get a seed of their own, and
+    afterwards the generators of all devices, and ``.grad`` and ``requires_grad`` of every
+    parameter, are as before.
     """
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002  other packages draw from it
     devices: list[int] = []
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices += range(torch.cuda.device_count())
@@ -97,8 +95,13 @@ def isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private
         for parameter, grad, requires_grad in kept:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002  other packages draw from it
+
+
+def averaged(model: Model, draws: int) -> Model:
+    """A model whose logits are means over so many forwards; the model itself for one."""
+    if draws == 1:
+        return model
+    return lambda x: torch.stack([model(x) for _ in range(draws)]).mean(0)
 
 
 def seeds_of_samples(private: Private, samples: int, seed: int) -> SampleSeeds:
@@ -255,3 +258,72 @@ def input_gradient(losses: Tensor, x: Tensor, *, keep_graph: bool = False) -> Te
             "the gradient at the images must be finite, got NaN or infinity; craft in float32"
         )
     return grad
+
+
+@contextmanager
+def _refuse_carried_states(model: object) -> Iterator[None]:
+    """RuntimeError where a neuron begins a forward of ``model`` with the state that the one before
+    left. 检查状态重置。
+
+    Every step of an attack would then see another network, and its gradient would belong to none of
+    the images. What lies in a classifier that says ``resets_itself`` is not looked at, so that
+    nothing is paid for it; nor is what no hook can see: a plain function around a network, or a
+    compiled one.
+    """
+    neurons: list[nn.Module] = []
+    if isinstance(model, nn.Module) and not is_compiled(model):
+        neurons = list(filter(_memories, _bare_modules(model)))
+    if not neurons:
+        yield
+        return
+    assert isinstance(model, nn.Module)  # it has neurons
+    left: dict[nn.Module, list[Tensor]] = {}
+
+    def begin(*_: object) -> None:
+        left.update({neuron: _states(neuron) for neuron in neurons})
+
+    def called(neuron: nn.Module, *_: object) -> None:
+        before = left.pop(neuron, [])
+        for state in _states(neuron):
+            if any(state is earlier for earlier in before):
+                raise RuntimeError(
+                    f"{type(neuron).__name__} still holds the state of the previous forward pass, "
+                    "so every step of the attack would see a different network: attack "
+                    "SpikingClassifier(net, T=...), which resets the network before every forward"
+                )
+
+    hooks = [
+        model.register_forward_pre_hook(begin),
+        *(neuron.register_forward_pre_hook(called) for neuron in neurons),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _bare_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and its parts, except for those in a classifier that resets them."""
+    if getattr(module, "resets_itself", False):
+        return
+    yield module
+    for child in module.children():
+        yield from _bare_modules(child)
+
+
+def _memories(module: nn.Module) -> dict[str, Any]:
+    memories = vars(module).get("_memories")
+    return memories if isinstance(memories, dict) else {}
+
+
+def _states(module: nn.Module) -> list[Tensor]:
+    """Tensors that a reset would put something else in the place of; one with a tensor to return to
+    keeps its own.
+    """
+    initial = vars(module).get("_memories_rv", {})
+    found = []
+    for name, value in _memories(module).items():
+        if isinstance(value, Tensor) and not isinstance(initial.get(name), Tensor):
+            found.append(value)
+    return found

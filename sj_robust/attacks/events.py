@@ -205,8 +205,7 @@ def random_flips(
     """
     x = checked_frames(model, x, y, generator, counts=counts, optional=True)
     _check_budget(x, flips, allow, counts)
-    check_tries(tries, model, y)
-    check_count("eot_samples", eot_samples)
+    check_tries(tries, eot_samples, model, y)
     if flips == 0 or x.numel() == 0:
         return x
     fooling = partial(first_that_fools, tries=tries, eot_samples=eot_samples, generator=generator)
@@ -347,23 +346,10 @@ def checked_frames(
             check_model(model)
         check_frames(x, counts=counts)
         if y is not None or not optional:
-            _check_frame_labels(y, x)
+            check_labels(y, x)
     check_seeds(generator, x)
     with torch.inference_mode(False):
         return x.detach().clone()
-
-
-def _check_frame_labels(y: Tensor, x: Tensor) -> None:
-    """Check labels as those of images, with an error of its own for the commonest mistake: frames
-    [T, N, ...], as the network takes them.
-    """
-    samples, frames = x.shape[:2]
-    if isinstance(y, Tensor) and y.shape == (frames,) and samples != frames:
-        raise ValueError(
-            "x must be event frames with samples first, [N, T, 2, H, W], got shape "
-            f"{tuple(x.shape)} for {len(y)} labels; use x.transpose(0, 1)"
-        )
-    check_labels(y, x)
 
 
 def _check_budget(x: Tensor, flips: int, allow: Allow, counts: bool) -> None:

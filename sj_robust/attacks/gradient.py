@@ -14,7 +14,7 @@ from sj_robust.attacks.call import (
 )
 from sj_robust.attacks.projection import Norm, direction
 from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
-from sj_robust.core.checks import check_count, check_size
+from sj_robust.core.checks import check_counts, check_size
 from sj_robust.core.randomness import randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
@@ -169,10 +169,8 @@ def pgd(
         tensor([[0.3500, 0.7000]])
     """
     ball = ball_threat(norm, eps)
-    check_count("steps", steps)
+    check_counts(steps=steps, restarts=restarts, eot_samples=eot_samples)
     step_size = 2.5 * ball.eps / steps if step_size is None else _checked_step(step_size, ball)
-    check_count("restarts", restarts)
-    check_count("eot_samples", eot_samples)
     if restarts > 1 and not random_start:
         raise ValueError(
             f"restarts > 1 need random_start=True to differ, got restarts={restarts} without it"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._ascent import Ascent, runs
+from sj_robust.attacks._ascent import Ascent, ascend
 from sj_robust.attacks.call import (
     Best,
     Loss,
@@ -14,8 +14,8 @@ from sj_robust.attacks.call import (
     crafting,
 )
 from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.threat import ThreatModel, ball_threat
-from sj_robust.core.checks import check_count
+from sj_robust.attacks.threat import ball_threat
+from sj_robust.core.checks import check_counts
 
 __all__ = ["sapgd"]
 
@@ -72,8 +72,7 @@ def sapgd(
         tensor([0])
     """
     ball = ball_threat("Linf", eps)
-    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
-        check_count(name, count)
+    check_counts(steps=steps, restarts=restarts, eot_samples=eot_samples)
     x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
@@ -82,10 +81,18 @@ def sapgd(
         best = Best(x)
         if keep_best:
             best.fooled = objective.score(x, y).fooled
-        for run in runs(
-            _MomentAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private
-        ):
-            run.climb(lambda rows: objective, y, best, keep_best=keep_best)
+        ascend(
+            _MomentAscent,
+            lambda rows: objective,
+            x,
+            y,
+            best,
+            ball=ball,
+            steps=steps,
+            restarts=restarts,
+            keep_best=keep_best,
+            private=private,
+        )
     return best.x_adv
 
 
@@ -98,19 +105,11 @@ class _MomentAscent(Ascent):
         second: Running sum of their normalised squares, v.
     """
 
-    def __init__(
-        self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
-    ) -> None:
-        super().__init__(
-            rows,
-            x,
-            start,
-            ball=ball,
-            steps=steps,
-        )
-        self.eta = ball.eps
-        self.first = torch.zeros_like(x, dtype=torch.float64)
-        self.second = torch.zeros_like(x, dtype=torch.float64)
+    def begin(self) -> None:
+        """Without moments, with the largest bound."""
+        self.eta = self.ball.eps
+        self.first = torch.zeros_like(self.x, dtype=torch.float64)
+        self.second = torch.zeros_like(self.first)
 
     def move(self, step: int) -> None:
         """One step along ``first / sqrt(second)``, clipped to ``eta``."""

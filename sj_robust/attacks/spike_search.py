@@ -6,15 +6,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import FLIPS, MOVES, Moves
-from sj_robust.attacks._quicker import quicker
-from sj_robust.attacks._spike_walk import Plan, SpikeSearch
+from sj_robust.attacks._spike_walk import STAGES, Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
 from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
 from sj_robust.attacks.logits import clean_logits, differ, leads, margin
@@ -43,6 +42,7 @@ def spike_search(
     norm: Norm = "Linf",
     starts: Tensor | Sequence[Tensor] | None = None,
     forwards: int = 50_000,
+    stages: int = len(STAGES),
     moves: Sequence[str] = tuple(MOVES),
     batch_size: int = PROPOSALS_AT_ONCE,
     generator: Randomness = None,
@@ -97,6 +97,8 @@ def spike_search(
             reached if the sample takes part to the end; at least 50 then, one per chain. Not
             counted are the forwards on images and starts, 68 images by which the flips are
             checked, and the attacks that find starts.
+        stages: How many of the seven stages are run; with fewer, the search ends early, and is the
+            same up to there.
         moves: Kinds of moves, which are tried in turn.
         batch_size: Images in one forward, which bounds the memory; results do not depend on it.
 
@@ -119,6 +121,7 @@ def spike_search(
     """
     ball = ball_threat(norm, eps)
     check_count("forwards", forwards)
+    check_count("stages", stages)
     check_count("batch_size", batch_size)
     kinds = _checked_moves(moves)
     x, y = checked_copies(model, x, y, generator)
@@ -141,7 +144,7 @@ def spike_search(
                 found = _own_starts(model, images, labels, ball, logits.shape[1], own)
             else:
                 found = torch.stack([ball.project(images, start) for start in given[:, right]])
-            plan = Plan(kinds, forwards, batch_size=batch_size)
+            plan = Plan(kinds, forwards, run=stages, batch_size=batch_size)
             if forwards < _MANY:
                 plan = replace(plan, rivals=1)
             x_adv[right] = searched(model, images, labels, found, ball, plan, own)
@@ -276,3 +279,29 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
         return 1, 1, x.shape[1]
     height, width = x.shape[-2:]
     return x[0].numel() // (height * width), height, width
+
+
+@runtime_checkable
+class _HasQuicker(Protocol):
+    """A model that knows a faster copy of itself."""
+
+    def quicker(self) -> Model | None:
+        """The copy; None if there is none."""
+
+
+@torch.no_grad()
+def quicker(model: Model, x: Tensor, logits: Tensor) -> Model:
+    """A faster copy of the model, if it has one that gives the logits of ``x`` as well; else the
+    model itself.
+
+    The copy may round differently and then spike differently, so an image that fools it has to be
+    tried on the model.
+    """
+    copy = model.quicker() if isinstance(model, _HasQuicker) else None
+    if copy is None:
+        return model
+    try:
+        found = copy(x)
+    except RuntimeError:  # a neuron that runs in two places takes more than T steps
+        return model
+    return model if differ(logits, found) else copy

@@ -9,12 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sj_robust.attacks.averaged import averaged
-from sj_robust.attacks.call import Model, Randomness, checked_copies, isolated, seeds_of_samples
+from sj_robust.attacks.call import (
+    Model,
+    Randomness,
+    averaged,
+    checked_copies,
+    isolated,
+    seeds_of_samples,
+)
 from sj_robust.attacks.logits import clean_logits, margin
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, wide
 from sj_robust.attacks.threat import ThreatModel, ball_threat
-from sj_robust.core.checks import check_count, logits_of
+from sj_robust.core.checks import check_counts, logits_of
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, draw_seed, rand
 
@@ -91,8 +97,7 @@ def square(
         tensor([0])
     """
     ball = ball_threat(norm, eps)
-    check_count("queries", queries)
-    check_count("eot_samples", eot_samples)
+    check_counts(queries=queries, eot_samples=eot_samples)
     x, y = checked_copies(model, x, y, generator)
     check_square(x)
     if x.numel() == 0 or ball.eps == 0:

@@ -175,8 +175,7 @@ def random_moves(
     """
     x = checked_frames(model, x, y, generator, counts=counts, optional=True)
     limits = _limits(x, moves, largest_shift, total_shift)
-    check_tries(tries, model, y)
-    check_count("eot_samples", eot_samples)
+    check_tries(tries, eot_samples, model, y)
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
     frames, planes = each_on_its_own(x, counts=counts)

@@ -357,6 +357,12 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     return int(value)
 
 
+def check_counts(*, least: int = 1, **counts: int) -> None:
+    """:func:`check_count` of several numbers by their names."""
+    for name, value in counts.items():
+        check_count(name, value, least=least)
+
+
 def check_seed(name: str, value: int) -> int:
     """An integer that seeds a generator, as one of Python."""
     seed = check_count(name, value, least=0)

@@ -96,6 +96,8 @@ class Snapshot:
     Args:
         net: The network; what is not an ``nn.Module`` holds nothing.
         what: What is put back.
+        strict: Whether a change of a parameter, a new number and what is gone count as changes,
+            too, as for a network that has run before.
 
     Examples:
         >>> net = nn.BatchNorm1d(2)
@@ -108,9 +110,10 @@ class Snapshot:
         ()
     """
 
-    def __init__(self, net: object, what: What = "all") -> None:
+    def __init__(self, net: object, what: What = "all", *, strict: bool = False) -> None:
         """Copy it; see the class."""
         self._all = what == "all"
+        self._strict = strict
         self._modules = dict(net.named_modules()) if isinstance(net, nn.Module) else {}
         modules = self._modules.values()
         self._modes = [(module, module.training) for module in modules]
@@ -135,12 +138,15 @@ class Snapshot:
             self._values = {name: (value, _copied(value)) for name, value in self._now()}
 
     def _now(self) -> Iterator[tuple[str, object]]:
-        """Tensors and numbers by the names that users know, without parameters and states."""
+        """Tensors and numbers by the names that users know, without states, and without parameters
+        unless it is strict.
+        """
         for path, module in self._modules.items():
             prefix = f"{path}." if path else ""
             for name, value in _named(vars(module)):
                 if isinstance(value, Tensor):
-                    seen = not isinstance(value, nn.Parameter) and not is_lazy(value)
+                    is_free = isinstance(value, nn.Parameter) and not self._strict
+                    seen = not is_free and not is_lazy(value)
                 else:
                     seen = isinstance(value, int | float) and name != "training"
                 if seen:
@@ -151,13 +157,15 @@ class Snapshot:
         SpikingJelly's memory modules.
         """
         unlike = []
-        for name, value in self._now():
+        now = dict(self._now())
+        for name, value in now.items():
             if name in self._values:
                 if not same(value, self._values[name][1]):
                     unlike.append(name)
-            elif isinstance(value, Tensor):
+            elif self._strict or isinstance(value, Tensor):
                 unlike.append(name)
-        return tuple(unlike)
+        gone = self._values.keys() - now.keys() if self._strict else ()
+        return (*unlike, *sorted(gone))
 
     def restore(self) -> None:
         """Put it back."""
@@ -491,7 +499,7 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, int | float | str):
-        return a == b
+        return a == b or (a != a and b != b)
     return type(a) is type(b)
 
 
@@ -502,16 +510,22 @@ def _copied(value: object) -> object:
 def _named(attributes: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Attributes and what is in their containers, by the name under which a user knows it."""
     for name, value in attributes.items():
-        if name == "_buffers" and isinstance(value, dict):
+        if name in ("_buffers", "_parameters"):
             yield from value.items()
-        elif isinstance(value, dict) and name != "_memories":
-            for key, kept in value.items():
-                yield f"{name}[{key!r}]", kept
-        elif isinstance(value, list):
-            for index, kept in enumerate(value):
-                yield f"{name}[{index}]", kept
-        else:
-            yield name, value
+        elif name != "_memories":
+            yield from _inside(name, value)
+
+
+def _inside(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """A value, or those in a container, however they are nested."""
+    if isinstance(value, dict):
+        for key, kept in value.items():
+            yield from _inside(f"{name}[{key!r}]", kept)
+    elif isinstance(value, list | tuple):
+        for index, kept in enumerate(value):
+            yield from _inside(f"{name}[{index}]", kept)
+    else:
+        yield name, value
 
 
 def _is_of_torch(hook: object) -> bool:

@@ -21,7 +21,6 @@ from sj_robust.data.files import (
     OnUnreadable,
     UnreadableError,
     check_sum,
-    first_few,
     one_line,
     readable,
 )
@@ -87,38 +86,25 @@ _AGAIN = (
 
 
 def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
-    """Fetch the archives if asked to, and raise an error if one is missing or damaged.
-
-    SpikingJelly needs all of them, and would remove one that is damaged.
+    """Raise an error if an archive is missing that SpikingJelly is not to fetch, or is damaged,
+    which SpikingJelly would remove.
     """
     if (folder / "events_np").is_dir():
         return
-    from torchvision.datasets import utils
-
-    archives = {
-        folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()
-    }
-    missing = [path for path in archives if not path.is_file()]
-    failure = ""
-    if download and host.downloadable():
-        try:
-            for path in missing:
-                url, md5 = archives[path]
-                utils.download_url(url, path.parent, path.name, md5)
-        except (OSError, RuntimeError) as error:
-            failure = f"The download failed ({one_line(error)}). "
-        missing = [path for path in missing if not path.is_file()]
-    if missing:
-        way = "It can be fetched with download=True (--download), or by hand"
-        if not host.downloadable():
-            way = "It cannot be downloaded automatically: download it by hand"
-        sources = ", ".join(dict.fromkeys(archives[path][0] for path in missing))
+    missing = []
+    for file, url, md5 in host.resource_url_md5():
+        path = folder / "download" / file
+        if path.is_file():
+            check_sum(path, md5, url)
+        else:
+            missing.append(f"{path.name} from {url}")
+    if missing and not (download and host.downloadable()):
+        way = "use download=True (--download)" if host.downloadable() else "download it by hand"
         raise FileNotFoundError(
-            f"{kind} is not complete: {', '.join(path.name for path in missing)} not found in "
-            f"{(folder / 'download').resolve()}. {failure}{way} from {sources}"
+            f"{kind} is not complete in {(folder / 'download').resolve()}: {', '.join(missing)} "
+            f"not found; {way}"
         )
-    for path, (url, md5) in archives.items():
-        check_sum(path, md5, url)
+    (folder / "download").mkdir(parents=True, exist_ok=True)  # SpikingJelly fetches into it
 
 
 def _prepared(name: str, host: Any, folder: Path, T: int) -> list[list[tuple[Path, int]]]:
@@ -149,30 +135,18 @@ def _check_complete(folder: Path, T: int) -> None:
     """Raise ValueError if a recording has no frames: a release of SpikingJelly leaves out those
     that fail, with no error.
     """
-    events = folder / "events_np"
-    frames = folder / f"frames_number_{T}_split_by_number"
-    lost = _without_result(events, frames)
-    if not (folder / "extract" / "DvsGesture").is_dir():  # there a file holds many recordings
-        lost += _without_result(folder / "extract", events)
-    if lost:
+    stages = {"extract": 0, "events_np": 0, f"frames_number_{T}_split_by_number": 0}
+    for stage in stages:
+        files = (folder / stage).rglob("*.*")
+        stages[stage] = sum(path.suffix in (".aedat", ".bin", ".npy", ".npz") for path in files)
+    recordings, events, frames = stages.values()
+    if (folder / "extract" / "DvsGesture").is_dir():  # there a file holds many recordings
+        recordings = events
+    if frames < max(recordings, events):
         raise ValueError(
-            f"SpikingJelly made no frames of {len(lost)} recordings: "
-            f"{', '.join(first_few(lost))}. They are damaged or were interrupted; in {folder}, "
-            f"{_AGAIN.format(T=T)}"
+            f"SpikingJelly made frames of {frames} of {max(recordings, events)} recordings: others "
+            f"are damaged or were interrupted; in {folder}, {_AGAIN.format(T=T)}"
         )
-
-
-def _without_result(before: Path, after: Path) -> list[Path]:
-    """Recordings in one folder without a file of the same class and name in the other."""
-
-    def names(folder: Path) -> dict[str, Path]:
-        files = (
-            path for path in folder.rglob("*") if path.suffix in (".aedat", ".bin", ".npy", ".npz")
-        )
-        return {str(path.relative_to(folder).with_suffix("")).lower(): path for path in files}
-
-    made = names(after)
-    return [path for name, path in names(before).items() if name not in made]
 
 
 def _ninety_ten(samples: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]]]:

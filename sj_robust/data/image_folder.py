@@ -1,11 +1,9 @@
-"""Pictures in folders, one folder per class."""
+"""Pictures in folders, one folder per class, which torchvision finds."""
 
 import hashlib
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,47 +15,15 @@ from sj_robust.data.stored import FileImages, Images, Source, StoredImages, shuf
 
 __all__ = ["image_folder"]
 
-_ENDINGS = {
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
+_MORE_ENDINGS = (".gif", ".jfif", ".pbm")
+"""Of pictures, beside those of torchvision."""
 _IN_MEMORY = 1 << 29
 """Bytes of decoded pictures that are kept in memory."""
-_CALLED = {"train": "training", "val": "validation", "test": "test"}
-"""Parts of a folder in the order in which they are used, and what their pictures are called."""
+_PARTS = ("train", "val", "test")
 _FEW_TWICE = 0.01
-"""Share of a part's pictures that may be in another part without a warning: large data sets have
-some pictures twice.
+"""Share of the smallest part's pictures that may occur twice without a warning, as in large data
+sets some do.
 """
-_EIGHT_BITS = {
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBX",
-    "RGBa",
-    "CMYK",
-    "YCbCr",
-    "HSV",
-    "LAB",
-}
-"""Modes of Pillow with at most 8 bits per channel."""
-_CUT_TO_EIGHT_BITS = (";16B", ";16L", ";16N")
-"""Ends of the raw modes of 16 bits per channel, which Pillow reads into a mode of 8."""
 
 
 def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
@@ -72,146 +38,8 @@ def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     Test and validation pictures come in a fixed shuffled order, so that the first ones are of all
     classes.
     """
-    classes = _class_names(folder / "train")
-    sizes: dict[Path, tuple[int, int]] = {}
     pixels: dict[Path, Tensor] = {}
-    parts = {}
-    for name in _CALLED:
-        if name != "val" or (folder / name).is_dir():
-            parts[name] = _labelled(folder / name, classes, on_unreadable, sizes, pixels)
-    # sizes were found by threads, in any order; the first picture is the one with the first name
-    first = parts["train"][0][0]
-    others: list[Path] = []
-    for paths, _ in parts.values():
-        others += [path for path in paths if sizes[path] != sizes[first]]
-    if others:
-        named = [f"{path} is {_by(sizes[path])}" for path in others]
-        raise ValueError(
-            f"all pictures must have the size of the first one, {first}, {_by(sizes[first])} "
-            f"pixels, but {len(others)} have another: {'; '.join(first_few(named))}. Resize or "
-            "crop them, or omit them"
-        )
-    images: dict[str, Images] = {}
-    for name, (paths, labels) in parts.items():
-        if pixels.keys() >= set(paths):  # all of them were kept
-            pictures = [pixels.pop(path) for path in paths]
-            images[name] = StoredImages(torch.stack(pictures), labels)
-        else:
-            images[name] = FileImages(paths, labels, partial(_image, size=sizes[first]))
-    digests = {
-        name: list(map(_digest, part.pixels))
-        for name, part in images.items()
-        if isinstance(part, StoredImages)
-    }
-    _warn_of_shared_ones(digests, folder)
-    train = images["train"]
-    if isinstance(train, StoredImages):
-        of_train = train.labels.tolist()
-        held_out = "val" not in images
-        _warn_of_repeated_ones(digests["train"], of_train, folder, held_out=held_out)
-    validation = shuffled(images["val"]) if "val" in images else None
-    return Source(
-        train=images["train"],
-        test=shuffled(images["test"]),
-        image_shape=(3, *sizes[first]),
-        classes=len(classes),
-        validation=validation,
-        class_names=tuple(classes),
-    )
-
-
-def _warn_of_shared_ones(digests: Mapping[str, Sequence[bytes]], folder: Path) -> None:
-    """Warn if two parts share pictures, as far as they are in memory."""
-    for earlier, later in combinations(digests, 2):
-        known = set(digests[earlier])
-        total = len(digests[later])
-        count = sum(digest in known for digest in digests[later])
-        if count > _FEW_TWICE * total:
-            warnings.warn(
-                f"{count} of {total} {_CALLED[later]} pictures of {folder} are also "
-                f"{_CALLED[earlier]} pictures: an accuracy on them is no accuracy on new pictures; "
-                "keep each picture in one part",
-                stacklevel=2,
-            )
-
-
-def _warn_of_repeated_ones(
-    digests: Sequence[bytes], labels: Sequence[int], folder: Path, *, held_out: bool
-) -> None:
-    """Warn if training pictures lie in several classes, or, where validation pictures are held out
-    of them, occur several times.
-    """
-    classes: dict[bytes, list[int]] = {}
-    for digest, label in zip(digests, labels, strict=True):
-        classes.setdefault(digest, []).append(label)
-    total = len(digests)
-    repeated = sum(len(found) for found in classes.values() if len(found) > 1)
-    if held_out and repeated > _FEW_TWICE * total:
-        warnings.warn(
-            f"{repeated} of {total} training pictures of {folder} occur several times: those held "
-            "out for validation may be trained on, too; keep each picture once, or add a folder "
-            "val",
-            stacklevel=2,
-        )
-    torn = sum(len(set(found)) > 1 for found in classes.values())
-    if torn > _FEW_TWICE * total:
-        warnings.warn(
-            f"{torn} training pictures of {folder} lie in several classes; keep each in one",
-            stacklevel=2,
-        )
-
-
-def _digest(picture: Tensor) -> bytes:
-    return hashlib.blake2b(picture.numpy().data).digest()
-
-
-def _class_names(part: Path) -> list[str]:
-    """Names of the folders of a part, at least two."""
-    if not part.is_dir():
-        raise FileNotFoundError(
-            f"{part.resolve()} does not exist; an image folder holds train/CLASS/PICTURE and "
-            "test/CLASS/PICTURE, and val/CLASS/PICTURE if you have validation pictures of your "
-            "own"
-        )
-    inside = sorted(path for path in part.iterdir() if not path.name.startswith("."))
-    for path in inside:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is a link that leads nowhere; mend or remove it")
-    names = [path.name for path in inside if path.is_dir()]
-    if len(names) < 2:
-        raise FileNotFoundError(
-            f"{part.resolve()} must hold a folder per class, at least two, got "
-            f"{names or 'none'}; sort the pictures into {part.name}/CLASS/PICTURE"
-        )
-    return names
-
-
-def _labelled(
-    part: Path,
-    classes: Sequence[str],
-    on_unreadable: OnUnreadable,
-    sizes: dict[Path, tuple[int, int]],
-    pixels: dict[Path, Tensor],
-) -> tuple[list[Path], Tensor]:
-    """Pictures of a part that can be read, and their classes.
-
-    The size of each picture is added to ``sizes``, and while there is room the picture to
-    ``pixels``.
-    """
-    names = _class_names(part)
-    if names != list(classes):
-        foreign = sorted(set(names) - set(classes))
-        lacking = sorted(set(classes) - set(names))
-        train = part.with_name("train")
-        found = [f"{part / name} is none of the classes of {train}" for name in foreign[:5]]
-        found += [f"{part / name} is missing" for name in lacking[:5]]
-        raise ValueError(
-            f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, "
-            f"{', '.join(first_few(classes, 10))}"
-        )
-    pictures: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        pictures += [(path, label) for path in _pictures(part / name)]
+    sizes: dict[Path, tuple[int, int]] = {}
 
     def read(path: Path) -> None:
         picture = _picture(path)
@@ -221,32 +49,102 @@ def _labelled(
         if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:
             pixels[path] = picture
 
-    paths, labels = readable(pictures, read, on_unreadable=on_unreadable, folder=part)
-    filled = set(labels.tolist())
-    empty = [str(part / name) for label, name in enumerate(classes) if label not in filled]
-    if empty:
-        raise FileNotFoundError(
-            f"no pictures ({', '.join(sorted(_ENDINGS))}) in {', '.join(empty[:5])}"
-        )
-    return paths, labels
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """Pictures below a folder, those behind links as well, sorted; links that lead nowhere are
-    among them, whatever they are called, as pictures that cannot be read.
-    """
-    found: list[Path] = []
-    # a link to one of these leads round in a circle
-    seen = {parent.resolve() for parent in folder.absolute().parents}
-    for inside, folders, names in os.walk(folder, followlinks=True):
-        place = Path(inside).resolve()
-        if place in seen:
-            folders.clear()
+    parts: dict[str, tuple[list[Path], Tensor]] = {}
+    classes: list[str] = []
+    for name in _PARTS:
+        if name == "val" and not (folder / name).is_dir():
             continue
-        seen.add(place)
-        found += [Path(inside, name) for name in names if not name.startswith(".")]
-    pictures = [path for path in found if path.suffix.lower() in _ENDINGS and path.is_file()]
-    return sorted([*pictures, *(path for path in found if not path.exists())])
+        found, pictures = _listed(folder / name)
+        classes = classes or found
+        if found != classes or len(classes) < 2:
+            raise ValueError(
+                f"{folder / name} must hold the classes of {folder / 'train'}, at least two "
+                f"({', '.join(first_few(classes, 10))}), got {', '.join(first_few(found, 10))}"
+            )
+        parts[name] = readable(pictures, read, on_unreadable=on_unreadable, folder=folder / name)
+    size = _one_size(sizes)
+    images: dict[str, Images] = {}
+    seen: dict[bytes, list[tuple[str, int]]] = {}
+    for name, (paths, labels) in parts.items():
+        if pixels.keys() >= set(paths):  # all of them were kept
+            stored = StoredImages(torch.stack([pixels.pop(path) for path in paths]), labels)
+            images[name] = stored
+            for picture, label in zip(stored.pixels, labels.tolist(), strict=True):
+                seen.setdefault(_digest(picture), []).append((name, label))
+        else:
+            images[name] = FileImages(paths, labels, partial(_image, size=size))
+    fewest = min(map(len, images.values()))
+    _warn_of_repeated(seen, folder, held_out="val" not in images, fewest=fewest)
+    return Source(
+        train=images["train"],
+        test=shuffled(images["test"]),
+        image_shape=(3, *size),
+        classes=len(classes),
+        validation=shuffled(images["val"]) if "val" in images else None,
+        class_names=tuple(classes),
+    )
+
+
+def _listed(part: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Classes of a part, and its pictures with their numbers."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    endings = (*IMG_EXTENSIONS, *_MORE_ENDINGS)
+
+    def is_picture(path: str) -> bool:
+        return path.lower().endswith(endings) and not Path(path).name.startswith(".")
+
+    try:
+        found = ImageFolder(part, is_valid_file=is_picture)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{part.resolve()} must hold a folder of pictures for each class ({error}); an image "
+            "folder holds train/CLASS/PICTURE and test/CLASS/PICTURE, and val/CLASS/PICTURE if "
+            "you have validation pictures of your own"
+        ) from error
+    return found.classes, [(Path(path), label) for path, label in found.samples]
+
+
+def _one_size(sizes: dict[Path, tuple[int, int]]) -> tuple[int, int]:
+    """The size that all pictures have."""
+    first = min(sizes)  # threads found them in any order
+    others = [f"{path} is {_by(sizes[path])}" for path in sizes if sizes[path] != sizes[first]]
+    if others:
+        raise ValueError(
+            f"all pictures must have the size of {first}, {_by(sizes[first])} pixels, but "
+            f"{len(others)} have another: {'; '.join(first_few(others))}. Resize or crop them, or "
+            "omit them"
+        )
+    return sizes[first]
+
+
+def _warn_of_repeated(
+    seen: dict[bytes, list[tuple[str, int]]], folder: Path, *, held_out: bool, fewest: int
+) -> None:
+    """Warn of pictures, as far as they are in memory, that lie in several parts or classes, or
+    several times among those of which validation pictures are held out; ``fewest`` are in a part.
+    """
+    several = [found for found in seen.values() if len(found) > 1]
+    parts = [{name for name, _ in found} for found in several]
+    classes = [{label for _, label in found} for found in several]
+    counts = {
+        "in several parts: an accuracy on them is none on new pictures": sum(
+            len(names) > 1 for names in parts
+        ),
+        "in several classes": sum(len(labels) > 1 for labels in classes),
+        "several times in train, of which some are held out": held_out
+        * sum(names == {"train"} for names in parts),
+    }
+    for where, count in counts.items():
+        if count > _FEW_TWICE * fewest:
+            warnings.warn(
+                f"{count} pictures of {folder} lie {where}; keep each in one place", stacklevel=3
+            )
+
+
+def _digest(picture: Tensor) -> bytes:
+    return hashlib.blake2b(picture.numpy().data).digest()
 
 
 def _image(path: Path, size: tuple[int, int]) -> Tensor:
@@ -266,24 +164,15 @@ def _picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as opened:
             mode = opened.mode
-            is_cut = any(_is_cut(codec, args) for codec, _, _, args in opened.tile)
             picture: Image.Image = opened
             if mode == "P" and "transparency" in opened.info:
                 picture = opened.convert("RGBA")  # Pillow warns of the direct way to RGB
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a damaged picture raises anything
         raise UnreadableError(f"{path} ({one_line(error, 120)})") from error
-    if is_cut or mode not in _EIGHT_BITS:
+    if mode.startswith(("I", "F")):
         raise UnreadableError(f"{path} (more than 8 bits per channel, mode {mode}; save it with 8)")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _is_cut(codec: str, args: object) -> bool:
-    """Whether Pillow cuts what a part of a file holds to 8 bits per channel."""
-    if codec.startswith("ppm") and isinstance(args, tuple):
-        _, largest = args
-        return bool(largest > 255)
-    return any(end in str(args) for end in _CUT_TO_EIGHT_BITS)
 
 
 def _by(size: Sequence[int]) -> str:

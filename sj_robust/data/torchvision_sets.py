@@ -6,12 +6,12 @@ another set, is a ValueError.
 
 import gzip
 import math
-import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,45 +47,34 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
     from torchvision import datasets
 
     kind, title = _MNIST[name]
-    debian = "or, on Debian and Ubuntu, apt-get install dataset-fashion-mnist and --data-root "
-    hint = f"{debian}/usr/share/datasets/fashion-mnist" if name == "fashion_mnist" else ""
     folders = (root / kind / "raw", root)
     found = _located(
-        kind, title, _MNIST_FILES, root, folders, download=download, endings=(".gz", ""), hint=hint
+        kind, title, _MNIST_FILES, root, folders, download=download, endings=(".gz", "")
     )
-    parts = []
-    for images, labels in (_MNIST_FILES[:2], _MNIST_FILES[2:]):
-        pixels = _read_idx(found[images], 3)
-        numbers = _read_idx(found[labels], 1)
-        if len(pixels) != len(numbers):
-            raise ValueError(
-                f"{found[labels].parent} holds {len(pixels)} images but {len(numbers)} labels: "
-                "the files do not belong together"
-            )
-        outside = numbers[numbers > 9]
-        if len(outside):
-            raise ValueError(
-                f"{found[labels]} holds {len(outside)} labels outside the classes 0 to 9, the "
-                f"first is {int(outside[0])}; fetch the file again"
-            )
-        parts.append(StoredImages(pixels.unsqueeze(1), numbers))
-    train, test = parts
-    first = test.labels[:8].tolist()
+    folder = found[_MNIST_FILES[0]].parent
+    pixels, labels, test_pixels, test_labels = (_read_idx(found[file]) for file in _MNIST_FILES)
+    shape = pixels.shape[1:]
+    counts = [len(pixels), len(labels), len(test_pixels), len(test_labels)]
+    belong = test_pixels.shape[1:] == shape and counts[::2] == counts[1::2] and len(shape) == 2
+    if not belong or max(labels.max(), test_labels.max()) > 9:
+        raise ValueError(
+            f"{folder} must hold as many labels from 0 to 9 as images of one size, got {counts} "
+            f"images and labels; fetch the files again"
+        )
+    first = test_labels[:8].tolist()
     for other, expected in _FIRST_TEST_LABELS.items():
         if first == expected and other != name:
-            folder = found[_MNIST_FILES[3]].parent
             raise ValueError(
                 f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}"
             )
-    if train.pixels.shape[1:] != test.pixels.shape[1:]:
-        raise ValueError(
-            f"{found[_MNIST_FILES[0]].parent} holds training images of "
-            f"{list(train.pixels.shape[2:])} pixels and test images of "
-            f"{list(test.pixels.shape[2:])}: the files do not belong together"
-        )
     names = tuple(datasets.FashionMNIST.classes) if name == "fashion_mnist" else ()
-    shape = (1, *train.pixels.shape[2:])
-    return Source(train, test, shape, classes=10, class_names=names)
+    return Source(
+        train=StoredImages(pixels.unsqueeze(1), labels),
+        test=StoredImages(test_pixels.unsqueeze(1), test_labels),
+        image_shape=(1, *shape),
+        classes=10,
+        class_names=names,
+    )
 
 
 def cifar(name: str, root: Path, *, download: bool) -> Source:
@@ -109,7 +98,6 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
         root,
         folders=(root / known.base_folder, root),
         download=download,
-        hint=f"(if cifar-{classes}-python.tar.gz is there already, that unpacks it)",
     )
     for file, path in found.items():
         check_sum(path, sums[file])
@@ -177,42 +165,30 @@ def _located(
     download: bool,
     calls: Sequence[Mapping[str, str]] = ({},),
     endings: Sequence[str] = ("",),
-    hint: str = "",
 ) -> dict[str, Path]:
-    """Path of every file in one of the folders, downloaded first if that is allowed and one is
-    missing.
+    """Path of every file in the folder that holds most of them, downloaded first if that is allowed
+    and one is missing.
 
     Torchvision's class ``kind`` downloads into ``root``, with each of ``calls`` as its arguments.
-    Of the ``endings`` that may follow a name the last one goes first. A message says ``title`` and
-    ends in ``hint``.
+    Of the ``endings`` that may follow a name the last one goes first.
     """
     found = _in_fullest(folders, names, endings)
     failure = ""
-    missing = [name for name in names if name not in found]
-    if missing and download:
+    if download and len(found) < len(list(names)):
         from torchvision import datasets
 
         try:
             for arguments in calls:
                 getattr(datasets, kind)(root, **arguments, download=True)
         except (OSError, RuntimeError) as error:
-            failure = f"The download failed ({one_line(error)}). "
+            failure = f" The download failed ({one_line(error)})."
         found = _in_fullest(folders, names, endings)
-        missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in found]
     if missing:
-        also = ""
-        if any(endings):
-            also = f" (each may end in {' or '.join(filter(None, endings))})"
         places = " or ".join(str(folder.resolve()) for folder in folders)
-        commands = []
-        for call in calls:
-            given = [f"'{root}'", *(f"{key}='{value}'" for key, value in call.items())]
-            commands.append(f"{kind}({', '.join(given)}, download=True)")
         raise FileNotFoundError(
-            f"{title} is not complete: {', '.join(missing)}{also} not found in {places}. {failure}"
-            f"Get it with download=True (--download), or with\n"
-            f'  python -c "from torchvision.datasets import {kind}; {"; ".join(commands)}"\n'
-            f"{hint}".rstrip()
+            f"{title} is not complete: {', '.join(missing)} not found in {places}.{failure} Get it "
+            "with download=True (--download), or put torchvision's files there"
         )
     return found
 
@@ -220,9 +196,6 @@ def _located(
 def _in_fullest(
     folders: Sequence[Path], names: Iterable[str], endings: Sequence[str]
 ) -> dict[str, Path]:
-    """Path of every file in the folder that holds most of them; of the endings the last one that is
-    there.
-    """
     fullest: dict[str, Path] = {}
     for folder in folders:
         there = {}
@@ -236,7 +209,7 @@ def _in_fullest(
     return fullest
 
 
-def _read_idx(path: Path, dimensions: int) -> Tensor:
+def _read_idx(path: Path) -> Tensor:
     """The unsigned bytes of an IDX file, gzipped (name ends in ``.gz``) or not; torchvision reads
     no gzipped ones.
 
@@ -249,25 +222,14 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch the file again") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
-            f"{path} must be an IDX file of unsigned bytes (begin 00 00 08), got "
-            f"{content[:4].hex(' ')}"
-        )
-    if content[3] != dimensions:
-        raise ValueError(
-            f"{path} must hold an array of {dimensions} dimensions, got {content[3]}: is it "
-            "misnamed?"
-        )
+    dimensions = 3 if "images" in path.name else 1
     header = 4 + 4 * dimensions
-    sizes = content[4:header].ljust(4 * dimensions, b"\x00")
-    shape = struct.unpack(f">{dimensions}I", sizes)
-    if len(content) != header + math.prod(shape):
+    shape = np.frombuffer(content[4:header].ljust(4 * dimensions, b"\0"), ">u4").tolist()
+    kind = bytes([0, 0, 8, dimensions])
+    if content[:4] != kind or len(content) != header + math.prod(shape) or 0 in shape:
         raise ValueError(
-            f"{path} states the shape {shape} and must be {header + math.prod(shape)} bytes "
-            f"long, got {len(content)}; fetch the file again"
+            f"{path} must be an IDX file of unsigned bytes in {dimensions} dimensions, got "
+            f"{content[:4].hex(' ')}, shape {shape} and {len(content)} bytes; fetch the file again"
         )
-    if 0 in shape:
-        raise ValueError(f"{path} holds nothing (shape {shape}); fetch the file again")
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
     return values.view(shape)

@@ -1,18 +1,25 @@
 """The context in which an estimator is active, and what it changes in every neuron."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.host import check_hooks_run, runs_on_torch, step_mode
-from sj_robust.core.preserved import uncompiled
+from sj_robust.core.host import (
+    EVAL_MODE_HAS_NO_GRADIENT,
+    check_hooks_run,
+    from_reset,
+    runs_on_torch,
+    step_mode,
+)
+from sj_robust.core.preserved import preserved, uncompiled
 from sj_robust.estimators import backward
-from sj_robust.estimators._probe import ignores_surrogate
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Rotation, Sharpness, Spread
@@ -42,6 +49,8 @@ _MIXED = (
     EstimatorName("exponential", 2.0),
 )
 """What ``mixed`` takes in its forwards, one after the other."""
+_TRIED_STEPS = 4
+_TRIED_ELEMENTS = 64
 
 
 class Estimator(EstimatorName):
@@ -277,7 +286,7 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
             f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no "
             "surrogate_function to change"
         )
-    if not has_known_dynamics(node) and ignores_surrogate(node):
+    if not has_known_dynamics(node) and _ignores_surrogate(node):
         raise ValueError(
             f"{estimator.name} would change nothing: neuron {name!r} ({type(node).__name__}) does "
             "not spike through its surrogate_function; call self.surrogate_function in its "
@@ -296,6 +305,38 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         return backward.through_time(run, derivative)
 
     return _Override(node, gradient, estimator).entries()
+
+
+def _ignores_surrogate(node: Any) -> bool:
+    """Whether a neuron has the same gradient with its surrogate as with one of derivative 0, so
+    that another surrogate changes nothing; False where a copy cannot show it.
+
+    The neuron and the generators stay as they are.
+    """
+    try:
+        with preserved(node):
+            twin = copy.deepcopy(node)
+        own = _gradient_of(twin)
+        twin.surrogate_function = KeepingValues(twin.surrogate_function, torch.zeros_like)
+        without = _gradient_of(twin)
+    except Exception:  # foreign code raises anything, such as for an input of another shape
+        return False
+    return bool(own.any()) and torch.equal(own, without)
+
+
+def _gradient_of(node: Any) -> Tensor:
+    """Gradient of the number of spikes with respect to currents around the threshold."""
+    tensors = chain(node.parameters(), node.buffers())
+    like = next(filter(Tensor.is_floating_point, tensors), torch.empty(0))
+    threshold = torch.as_tensor(getattr(node, "v_threshold", 1.0)).detach().mean().item()
+    x = torch.linspace(-1.0, 4.0, _TRIED_ELEMENTS, dtype=like.dtype, device=like.device)
+    x = (x * threshold).repeat(_TRIED_STEPS, 1, 1).requires_grad_()
+    with from_reset(node, 0, x.device), torch.enable_grad():
+        node.training = EVAL_MODE_HAS_NO_GRADIENT
+        calls = [x] if step_mode(node) == "m" else x.unbind()
+        spikes = [node.forward(part) for part in calls]  # past hooks, which may do anything
+        (grad,) = torch.autograd.grad(torch.cat(spikes).sum(), x)
+    return grad
 
 
 def _gradient(

@@ -9,15 +9,12 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.environment import device_of
 from sj_robust.core.eps import plain_eps
-from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
@@ -45,6 +42,7 @@ from sj_robust.evaluation.run.suites import (
     UNSEARCHED,
     Suite,
     SuiteName,
+    allowed_by,
     check_shape,
     make_suite,
 )
@@ -52,7 +50,7 @@ from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
 
-__all__ = ["assess"]
+__all__ = ["DIAGNOSED", "Softened", "assess"]
 
 _Found = TypeVar("_Found")
 
@@ -60,7 +58,8 @@ _FIRST = 256
 """Images that firing is counted on, estimators are chosen on and accuracy over eps is measured on,
 at most.
 """
-_DIAGNOSED = 40
+DIAGNOSED = 40
+"""Images that are checked for gradient masking, at most."""
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _SPREAD = 10.0
@@ -317,8 +316,8 @@ class _Parts:
         def compute() -> list[dict[str, Any]]:
             found = diagnose(
                 self.model,
-                self.x[:_DIAGNOSED],
-                self.y[:_DIAGNOSED],
+                self.x[:DIAGNOSED],
+                self.y[:DIAGNOSED],
                 threat=self.threat,
                 seed=self.request.seed,
                 estimators=None if searched else (),
@@ -339,13 +338,7 @@ class _Parts:
         """The report with attacks on a plain copy of the network, those that it allows, on the
         images that the suite has left.
         """
-        gradient = self._has_plain_gradient
-        allowed = []
-        for member in members:
-            if _is_square(member) and self.x.ndim == 4:
-                allowed.append(member)
-            if gradient and not _is_square(member):
-                allowed.append(member)
+        allowed = allowed_by(self.plain, members, self.x)
         if not allowed:
             return report
         self.say("signs of gradient masking: attacks on a plain copy of the network")
@@ -354,7 +347,7 @@ class _Parts:
         variant = Variant(allowed, "plain", self.request.seed, wrong=others)
         asked = Asked(self.threat, self.draws)
         model = self.model if self.plain is None else self.plain
-        outcome = self._run("plain", self.data, variant, asked, _Softened(model))
+        outcome = self._run("plain", self.data, variant, asked, Softened(model))
         rows = [replace(row, variant=report.main) for row in outcome.rows[1:]]
         return replace(
             report,
@@ -363,17 +356,6 @@ class _Parts:
             f"{'the network itself' if self.plain is None else 'a plain copy of the network'}",
             warnings=(*report.warnings, *outcome.warnings),
         )
-
-    @property
-    def _has_plain_gradient(self) -> bool:
-        if self.plain is None:
-            return False
-        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(self.plain):
-            try:
-                logits: Tensor = self.plain(self.x[:1].clone().requires_grad_())
-            except Exception:  # a forward that does not take tensors which record their graph
-                return False
-            return logits.requires_grad
 
     def _run(
         self,
@@ -406,10 +388,11 @@ class _Parts:
         return gathered(found)[0]
 
 
-class _Softened(nn.Module):
+class Softened(nn.Module):
     """A network whose cross entropy does not vanish: logits that lie apart are shrunk."""
 
     def __init__(self, network: nn.Module) -> None:
+        """Wrap a network."""
         super().__init__()
         self.network = network
 
@@ -418,10 +401,6 @@ class _Softened(nn.Module):
         logits: Tensor = self.network(images)
         spread = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
         return logits * (_SPREAD / spread.clamp(min=_SPREAD))
-
-
-def _is_square(member: Member) -> bool:
-    return isinstance(member.attack, partial) and member.attack.func is square
 
 
 def _suite(

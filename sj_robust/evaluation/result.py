@@ -186,7 +186,7 @@ class Evaluation:
         dataset: Name of the data set.
         suite: Name of the suite; ``"training"`` for the report of a training, ``"vote"`` for that
             of a smoothed classifier.
-        labels: Class of every image; -1 if it is not known.
+        labels: Class of every image.
         rows: Result of every member.
         threat: Norm and radius of the adversary; None if there is none.
         classes: Number of classes; 0 if it is not known.

@@ -27,6 +27,7 @@ def worst_case(
     threat: ThreatModel | None = None,
     draws: int = 1,
     seeds: SampleSeeds | None = None,
+    plain: Model | None = None,
 ) -> Report:
     """Run your own attacks one after the other, and determine for every image whether any of them
     fools the network. 逐样本取多种攻击与梯度估计的最坏情况。
@@ -47,6 +48,7 @@ def worst_case(
         seeds: One seed per sample; the result of a sample then depends neither on the other samples
             nor on the batch size (unless the network itself draws random numbers, or the estimator
             is ``pdsg``). None uses the indices of the images.
+        plain: A copy of the network that nothing has asked yet; None makes one.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -75,7 +77,9 @@ def worst_case(
     check_seeds(seeds, x)
     variant = Variant(members)
     variant.check_names()
-    plain, remark = plain_copy(model) if isinstance(model, nn.Module) else (None, "")
+    remark = ""
+    if plain is None and isinstance(model, nn.Module):
+        plain, remark = plain_copy(model)
     job = Job(
         variant=variant,
         model=model,

@@ -1,23 +1,38 @@
 """Trained networks by name, each with a card of its measured robustness."""
 
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
+
+import torch
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.checks import did_you_mean
-from sj_robust.core.saved import markdown_table
+from sj_robust.core.folders import check_folder
+from sj_robust.core.saved import markdown_table, whole_file
 from sj_robust.core.shown import Shown
-from sj_robust.models.assets import Asset, fetch
 from sj_robust.models.build import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.weights import as_named_in
 
 __all__ = ["PretrainedCard", "pretrained", "pretrained_file", "pretrained_networks"]
 
+RELEASE = ""
+"""The release that holds the networks that are too large for the wheel,
+https://github.com/OWNER/NAME/releases/download/assets; empty until one is published.
+"""
+ADDRESS_VARIABLE = "SJ_ROBUST_ASSETS"
+"""Environment variable with an address that takes the place of the release's, such as a mirror."""
+
 _FOLDER = Path(__file__).with_name("trained")
+_PATIENCE = 30.0  # seconds without an answer
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,7 +134,33 @@ def pretrained_file(name: str) -> Path:
             f"{did_you_mean(name, known)}"
         )
     inside = _FOLDER / f"{name}.pt"
-    card = known[name]
-    if inside.exists():
-        return inside
-    return fetch(Asset(name, card.size, card.sha256))
+    return inside if inside.exists() else _downloaded(known[name])
+
+
+def _downloaded(card: PretrainedCard) -> Path:
+    """The file of a network that is not in the package, from torch's folder or from the release."""
+    folder = Path(torch.hub.get_dir(), "sj_robust")
+    file = folder / f"{card.name.replace('/', '-')}-{card.sha256[:8]}.pt"
+    if not file.exists():
+        check_folder("TORCH_HOME", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        base = os.environ.get(ADDRESS_VARIABLE) or RELEASE
+        address = f"{base.rstrip('/')}/{file.name}"
+        try:
+            with urlopen(address, timeout=_PATIENCE) as answer, whole_file(file) as copy:
+                shutil.copyfileobj(answer, copy)
+        except (OSError, HTTPException, ValueError) as error:
+            raise OSError(
+                f"{card.name} is not in the package and cannot be downloaded from {address} "
+                f"({error}); try again online, set {ADDRESS_VARIABLE} to the address of another "
+                f"folder, or put the file there by hand: {file}"
+            ) from error
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != card.sha256:
+        file.unlink(missing_ok=True)
+        raise ValueError(
+            f"{file} must have the SHA-256 {card.sha256} of the card, got {found}; it was "
+            f"removed, so try again, with another address in {ADDRESS_VARIABLE} if need be"
+        )
+    return file

@@ -29,6 +29,7 @@ from sj_robust.proofs.soundness import (
     check_neurons,
     check_point,
     check_surrogates,
+    check_unchanged,
 )
 
 __all__ = ["METHODS", "BatchProofs", "BoundedLayer", "Method"]
@@ -160,7 +161,7 @@ class BatchProofs:
                 found = check_point(self._model, run, bounds, point)
                 _check_margins(found, labels, margin, first=done)
             _check_margins(logits, labels, margin, first=done)
-            self._kept.check()  # what all forwards of the proofs left
+            check_unchanged(self._model, self._kept)  # what all forwards of the proofs left
         self.correct += (~wrong).tolist()
         self.margins += margin.tolist()
         self.broken += broken.tolist()

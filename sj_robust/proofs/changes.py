@@ -289,6 +289,10 @@ class Flips:
         """Changes of one value that the budget pays in part or as a whole."""
         return math.ceil(self.budget) if self.counts else 1
 
+    def _numbers(self) -> range:
+        """Of the changes of a value, at least one."""
+        return range(1, max(1, self.most) + 1)
+
     def reach(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """How many events can be added to each value at most, and how many removed."""
         if not self.counts:
@@ -304,11 +308,10 @@ class Flips:
         map.
         """
         added, removed = self.reach(frames)
-        numbers = range(1, max(1, self.most) + 1)
         return Changes(
             self.budget,
-            up=tuple((added >= number).to(frames.dtype) for number in numbers),
-            down=tuple((removed >= number).to(frames.dtype) for number in numbers),
+            up=tuple((added >= number).to(frames.dtype) for number in self._numbers()),
+            down=tuple((removed >= number).to(frames.dtype) for number in self._numbers()),
             frame=frame_numbers(frames),
             apart=True,
             summed=summed,
@@ -319,17 +322,17 @@ class Flips:
         rows of weights.
         """
         frames = frames.expand(weights.shape)
-        if self.counts:
-            return self._lowest_counts(frames, weights)
-        falls = (weights * (2 * frames - 1)).flatten(1)
-        values, places = falls.topk(self._changes_of(falls), 1)
-        pays = (values > 0).to(falls.dtype)
-        chosen = torch.zeros_like(falls).scatter(1, places, pays)
-        return torch.where(chosen.view_as(weights) > 0, 1 - frames, frames)
-
-    def _changes_of(self, falls: Tensor) -> int:
-        """How many of the changes [R, changes] the budget allows."""
-        return min(int(self.budget), falls.shape[1])
+        added, removed = self.reach(frames)
+        each = torch.where(weights < 0, -weights, weights * (frames > 0)).flatten(1)
+        times = torch.where(weights < 0, added, removed).flatten(1)
+        falls = torch.cat([each * (times >= number) for number in self._numbers()], 1)
+        count = min(int(self.budget), falls.shape[1])
+        values, places = falls.topk(count, 1)
+        elements = places % each.shape[1]
+        pays = (values > 0).to(each.dtype)
+        spent = torch.zeros_like(each).scatter_add(1, elements, pays)
+        direction = torch.where(weights < 0, 1.0, -1.0).to(frames.dtype)
+        return frames + direction * spent.view_as(weights).to(frames.dtype)
 
     def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Frames with changes at random places, as many as the budget allows; of numbers of events
@@ -340,23 +343,6 @@ class Flips:
         drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
         weights = drawn.to(frames.device) * (2 * frames - 1)
         return self.lowest(frames, weights).to(frames.dtype)
-
-    def _lowest_counts(self, frames: Tensor, weights: Tensor) -> Tensor:
-        """The same for numbers of events: of a value there may be several changes."""
-        added, removed = self.reach(frames)
-        each = torch.where(weights < 0, -weights, weights * (frames > 0)).flatten(1)
-        times = torch.where(weights < 0, added, removed).flatten(1)
-        numbers = range(1, self.most + 1)
-        every = [each * (times >= number) for number in numbers]
-        if not every:
-            return frames
-        falls = torch.cat(every, 1)
-        values, places = falls.topk(self._changes_of(falls), 1)
-        elements = places % each.shape[1]
-        pays = (values > 0).to(each.dtype)
-        spent = torch.zeros_like(each).scatter_add(1, elements, pays)
-        direction = torch.where(weights < 0, 1.0, -1.0).to(frames.dtype)
-        return frames + direction * spent.view_as(weights).to(frames.dtype)
 
     def _drawn_counts(self, frames: Tensor, generator: torch.Generator) -> Tensor:
         """The same for numbers of events: a value whose place is drawn twice changes twice."""

@@ -2,7 +2,6 @@
 
 import math
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,14 +113,14 @@ class Programs:
         proved = bounded.lead[bounded.lead > 0]
         lead = float(proved.amin()) if len(proved) else torch.inf
         for weights in bounded.open_rivals():
-            covered = self._program(bounded, _Covered(), weights)
+            covered = self._program(bounded, _Rounding(clear=False), weights)
             solution = covered.solve(end)
             if solution.is_impossible and _Tree(covered).is_closed(end):
                 lead = min(lead, _TOLERANCE)
                 continue
             fooling = self._fooling(image, label, solution)
             if fooling is None and solution.point is not None:
-                clear = self._program(bounded, _Clear(), weights)
+                clear = self._program(bounded, _Rounding(clear=True), weights)
                 fooling = self._fooling(image, label, clear.solve(end))
             return -torch.inf, fooling
         return lead, None
@@ -138,7 +137,7 @@ class Programs:
             return found
         bounded = self._bounded(image, label)
         for weights in bounded.open_rivals():
-            program = self._program(bounded, _Clear(), weights)
+            program = self._program(bounded, _Rounding(clear=True), weights)
             if len(program.binaries) > _OPEN:
                 break
             fooling = self._fooling(image, label, program.solve(math.inf, nodes))
@@ -175,58 +174,30 @@ class Programs:
         return candidate if bool(wrong) else None
 
 
-class _Rounding(ABC):
-    """How a program takes what float32 rounds."""
+@dataclass(frozen=True)
+class _Rounding:
+    """How a program takes what float32 rounds.
 
-    @abstractmethod
-    def slack(self, error: Any) -> Any:
-        """How far values may be from an equation, if float32 may be so far from it."""
-
-    @abstractmethod
-    def reached(self, below: float, error: Any) -> Any:
-        """What a potential with a spike is at least; below ``below`` there is none."""
-
-    @abstractmethod
-    def missed(self, above: float, error: Any) -> Any:
-        """What a potential without a spike is at most; from ``above`` on there is one."""
-
-    @abstractmethod
-    def lead(self, value: float, error: float) -> float:
-        """What must not be above 0 where a rival draws level, from the lead."""
-
-
-class _Covered(_Rounding):
-    """All of it may happen: what is infeasible is impossible for the network that runs."""
-
-    def slack(self, error: Any) -> Any:
-        return _TOLERANCE + error
-
-    def reached(self, below: float, error: Any) -> Any:
-        return below - _TOLERANCE
-
-    def missed(self, above: float, error: Any) -> Any:
-        return above + _TOLERANCE
-
-    def lead(self, value: float, error: float) -> float:
-        return value - error - _TOLERANCE
-
-
-class _Clear(_Rounding):
-    """None of it matters: a solution keeps so clear of thresholds and draws that the network that
-    runs most likely agrees.
+    Either all of it may happen, so that what is infeasible is impossible for the network that runs;
+    or none of it matters, since a solution keeps so ``clear`` of thresholds and draws that the
+    network that runs most likely agrees.
     """
 
+    clear: bool
+
     def slack(self, error: Any) -> Any:
-        return _TOLERANCE
+        """How far values may be from an equation, if float32 may be so far from it."""
+        return _TOLERANCE if self.clear else _TOLERANCE + error
 
-    def reached(self, below: float, error: Any) -> Any:
-        return below + (_CLEAR + 10 * error)
-
-    def missed(self, above: float, error: Any) -> Any:
-        return above - (_CLEAR + 10 * error)
+    def margin(self, error: Any) -> Any:
+        """How far potentials keep from a threshold."""
+        return _CLEAR + 10 * error if self.clear else -_TOLERANCE
 
     def lead(self, value: float, error: float) -> float:
-        return value - _TOLERANCE + 10 * _CLEAR
+        """What must not be above 0 where a rival draws level, from the lead."""
+        if self.clear:
+            return value - _TOLERANCE + 10 * _CLEAR
+        return value - error - _TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -737,8 +708,9 @@ class _Program:
         s = spike.at(open_ones)
         low = step.low[open_ones]
         high = step.high[open_ones]
-        reached = self.rounding.reached(layer.constants.below, rounding[open_ones])
-        missed = self.rounding.missed(layer.constants.above, rounding[open_ones])
+        margin = self.rounding.margin(rounding[open_ones])
+        reached = layer.constants.below + margin
+        missed = layer.constants.above - margin
         rise = np.maximum(reached - low, 0.0)
         room = np.maximum(high - missed, 0.0)
         self.at_least(h.plus(s.times(-rise)), low)

@@ -16,7 +16,13 @@ from sj_robust.core.checks import (
     check_model,
     check_size,
 )
-from sj_robust.core.preserved import RandomNumbers, generators_of, preserved, seeded_network
+from sj_robust.core.preserved import (
+    RandomNumbers,
+    Snapshot,
+    generators_of,
+    preserved,
+    seeded_network,
+)
 from sj_robust.core.randomness import (
     SampleSeeds,
     check_seeds,
@@ -24,7 +30,7 @@ from sj_robust.core.randomness import (
     private_generator,
 )
 from sj_robust.proofs._scipy import scipy_module
-from sj_robust.proofs.soundness import KeptValues, check_kept
+from sj_robust.proofs.soundness import check_kept, check_unchanged
 
 __all__ = ["SmoothedClassifier", "Smoothing", "smooth"]
 
@@ -254,7 +260,7 @@ class _Draws:
         self.batch_size = batch_size
         self.one_by_one = batch_size == 1
         self._tested: set[int] = set()  # sizes of batches; 1 if draws run one by one
-        self._kept: KeptValues | None = None
+        self._kept: Snapshot | None = None
 
     def votes(self, image: Tensor, draws: int, seed: int) -> Tensor:
         """How often each class wins among so many noisy copies of an image [*], [classes]."""
@@ -277,7 +283,7 @@ class _Draws:
     def check_kept(self) -> None:
         """Raise ValueError if a forward has changed what the network's modules hold."""
         if self._kept is not None:
-            self._kept.check()
+            check_unchanged(self.model, self._kept)
 
     def _logits(self, noisy: Tensor, own: SampleSeeds, start: int) -> Tensor:
         """Logits [draws, classes] of noisy images, the first of which is draw ``start``."""

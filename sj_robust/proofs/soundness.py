@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sj_robust.core.host import functional
-from sj_robust.core.preserved import other_forward, preserved
+from sj_robust.core.preserved import Snapshot, other_forward, preserved
 from sj_robust.neuron.charging import Charging, Neuron, has_known_dynamics
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
@@ -22,7 +22,6 @@ from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.values import HeldPotential
 
 __all__ = [
-    "KeptValues",
     "UnprovableError",
     "UnsoundBoundsError",
     "WatchedJointRun",
@@ -32,6 +31,7 @@ __all__ = [
     "check_neurons",
     "check_point",
     "check_surrogates",
+    "check_unchanged",
 ]
 
 _SAMPLES = 2
@@ -39,9 +39,6 @@ _SAMPLES = 2
 
 _NEURONS = 512
 """Neurons of a layer that get random currents."""
-
-_HOLDERS = ("_parameters", "_buffers", "_memories")
-"""Attributes of a module that hold values by the names that users know."""
 
 
 class UnsoundBoundsError(NotImplementedError):
@@ -115,63 +112,37 @@ class _Call:
         return None
 
 
-class KeptValues:
-    """What the modules of a network hold after a reset: parameters, buffers, other tensors and
-    numbers. 网络持有的数值。
-
-    What a proof says of a network it says of the values that it holds now, so that no forward may
-    change them. States of spiking neurons are reset first. Values in objects that are no modules
-    or containers, such as a counter in a closure, are not seen.
-
-    Args:
-        model: A network that has run, so that what it builds in its first forward is there; a
-            callable that is not an ``nn.Module`` holds nothing.
-
-    Examples:
-        >>> net = nn.BatchNorm1d(2)
-        >>> kept = KeptValues(net)
-        >>> _ = net.eval()(torch.rand(3, 2))
-        >>> kept.check()
-        >>> _ = net.train()(torch.rand(3, 2))
-        >>> kept.check()  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        sj_robust.proofs.soundness.UnprovableError: model must not change during a forward pass in
-        evaluation mode, but one changes ...
-    """
-
-    def __init__(self, model: object) -> None:
-        """Copy the values; see the class."""
-        self._model = model
-        self._before = _held_values(model)
-
-    def check(self) -> None:
-        """Raise UnprovableError, with the names, if values have changed."""
-        now = _held_values(self._model)
-        names = self._before.keys() | now.keys()
-        changed = [name for name in names if not _equal(self._before.get(name), now.get(name))]
-        if changed:
-            raise UnprovableError(
-                "model must not change during a forward pass in evaluation mode, but one changes "
-                f"{', '.join(sorted(changed))}; let forward write to local variables, or register "
-                "the state with register_memory of SpikingJelly's base.MemoryModule, so that it is "
-                "reset"
-            )
-
-
-def check_kept(model: Callable[[Tensor], Tensor], images: Tensor) -> KeptValues:
+def check_kept(model: Callable[[Tensor], Tensor], images: Tensor) -> Snapshot:
     """What a network holds, if a forward on other images than these, [N, *], leaves it.
     前向不改变网络。
+
+    What a proof says of a network it says of the values that it holds now. Values in objects that
+    are no modules or containers, such as a counter in a closure, are not seen.
 
     Raises:
         UnprovableError: If the forward changes a value; it is named.
     """
     with torch.no_grad():
         model(images.clone())
-        kept = KeptValues(model)
+        if isinstance(model, nn.Module):
+            functional.reset_net(model)
+        before = Snapshot(model, strict=True)
         model(1.0 - images)
-    kept.check()
-    return kept
+    check_unchanged(model, before)
+    return before
+
+
+def check_unchanged(model: object, before: Snapshot) -> None:
+    """Raise UnprovableError, with the names, if what a network holds has changed. 网络未被改变。"""
+    if isinstance(model, nn.Module):
+        functional.reset_net(model)
+    changed = before.changed()
+    if changed:
+        raise UnprovableError(
+            "model must not change during a forward pass in evaluation mode, but one changes "
+            f"{', '.join(sorted(changed))}; let forward write to local variables, or register the "
+            "state with register_memory of SpikingJelly's base.MemoryModule, so that it is reset"
+        )
 
 
 def check_maps(maps: Maps) -> None:
@@ -492,45 +463,3 @@ def _run_alone(module: Any, currents: Tensor) -> Tensor:
         found: Tensor = module.forward(currents)
         return found
     return torch.stack([module.forward(current) for current in currents])
-
-
-def _held_values(model: object) -> dict[str, Tensor | str]:
-    """Copies of tensors and numbers that the modules of a network hold, by name, after a reset."""
-    found: dict[str, Tensor | str] = {}
-    if not isinstance(model, nn.Module):
-        return found
-    functional.reset_net(model)
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in ("_modules", "training"):
-                continue
-            held = value if attribute in _HOLDERS else {attribute: value}
-            for key, inside in held.items():
-                _collect(found, f"{name}.{key}".removeprefix("."), inside)
-    return found
-
-
-def _collect(found: dict[str, Tensor | str], name: str, value: Any) -> None:
-    """Add a value by its name if it is a tensor or a number, and those in a container."""
-    if isinstance(value, Tensor):
-        found[name] = value.detach().clone()
-    elif isinstance(value, float | int):
-        found[name] = repr(value)
-    elif isinstance(value, dict):
-        for key, inside in value.items():
-            _collect(found, f"{name}[{key!r}]", inside)
-    elif isinstance(value, list | tuple):
-        for place, inside in enumerate(value):
-            _collect(found, f"{name}[{place!r}]", inside)
-
-
-def _equal(a: Tensor | str | None, b: Tensor | str | None) -> bool:
-    """Whether two values are the same; NaN equals NaN."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        if torch.equal(a, b):
-            return True
-        same = torch.isclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-        return bool(same.all())
-    return type(a) is type(b) and a == b

@@ -15,8 +15,7 @@ from sj_robust.training.finetuning import finetune
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import MODES, flip_attacks, training_attack, validation_attacks
 from sj_robust.training.objective import Objective
-from sj_robust.training.penalties import GradientSparsity, StabilityGain, WeightMagnitude
-from sj_robust.training.regularization import retract_
+from sj_robust.training.penalties import GradientSparsity, StabilityGain, WeightMagnitude, retract_
 
 __all__ = [
     "MODES",

@@ -26,17 +26,19 @@ from sj_robust.defences import deflate_
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
 from sj_robust.models.weights import as_named_in
 from sj_robust.training.batch_norm import measure_statistics, share_buffers
-from sj_robust.training.history import EpochRecord
-from sj_robust.training.journal import Journal
-from sj_robust.training.memory_order import (
+from sj_robust.training.journal import EpochRecord, Journal
+from sj_robust.training.objective import Losses, Objective
+from sj_robust.training.penalties import project_parameters_, retract_
+from sj_robust.training.plan import TrainingPlan
+from sj_robust.training.processes import (
+    TrainingInterrupted,
     choose_channels_last,
     is_measured,
+    mixed,
+    random_state,
+    set_random_state,
     store_channels_last,
 )
-from sj_robust.training.objective import Losses, Objective
-from sj_robust.training.plan import TrainingPlan
-from sj_robust.training.processes import TrainingInterrupted, mixed, random_state, set_random_state
-from sj_robust.training.regularization import project_parameters_, retract_
 from sj_robust.training.validation import Validation
 
 __all__ = ["NonFiniteLossError", "TrainingRun", "check_outputs"]

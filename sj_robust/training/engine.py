@@ -20,12 +20,10 @@ from sj_robust.proofs import verify
 from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
 from sj_robust.training.batch_norm import synchronised_batch_norm
-from sj_robust.training.compilation import compiled
-from sj_robust.training.history import EpochRecord, catastrophic_overfitting
-from sj_robust.training.journal import Journal
+from sj_robust.training.journal import EpochRecord, Journal, catastrophic_overfitting
 from sj_robust.training.objective import Objective
 from sj_robust.training.plan import TrainingPlan
-from sj_robust.training.processes import TrainingInterrupted, collected_signals
+from sj_robust.training.processes import TrainingInterrupted, collected_signals, compiled
 
 __all__ = [
     "NonFiniteLossError",

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from sj_robust.attacks import ThreatModel
+from sj_robust.attacks import Attack, ThreatModel
 from sj_robust.attacks.threat import parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (
@@ -30,23 +30,20 @@ from sj_robust.core.checks import (
     check_steps,
     check_switch,
 )
-from sj_robust.core.console import working
 from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder, locked
 from sj_robust.core.preserved import evaluation_mode, seeded_network, uncompiled
-from sj_robust.data import ImageSplits, image_loader
+from sj_robust.data import ImageSplits
 from sj_robust.data.checked import CheckedImages
 from sj_robust.data.stored import FileImages, StoredImages
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.identity import Answers, Identity, identify
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models.checkpoint import check_same_run, load_checkpoint, load_run
 from sj_robust.neuron.charging import NeuronKey, stated
 from sj_robust.training.engine import check_training, train
-from sj_robust.training.history import EpochRecord
-from sj_robust.training.journal import Journal
+from sj_robust.training.journal import EpochRecord, Journal
 from sj_robust.training.modes import (
     MODES,
     Mode,
@@ -62,8 +59,6 @@ from sj_robust.training.validation import final_report, read_test_images
 
 __all__ = ["finetune"]
 
-_FEW = 4
-"""Images that the network is tried on before a training is resumed."""
 _SELECTED_BY = (
     "The figures are those of the held-out images, by which the epoch was selected, so those after "
     "the training are too high for new images: pass images of their own as test=."
@@ -226,128 +221,131 @@ def finetune(
     ):
         splits = _with_classes(splits, classifier)
         journal = Journal(place if progress else None)
-        is_untrained = True
+        is_trained = False
         if kept is not None:
-            description["images and labels"] = _digest_of_images(splits, journal)
-            is_untrained = _check_same_training(place, classifier, splits, description)
+            weights, is_trained = _weights_before(place, classifier)
+            description["images and labels"] = _digest_of_images(splits)
+            description["network"] = {"modules": fingerprint(str(net)), "weights": weights}
+            if (place / "last.pt").exists():
+                check_same_run(load_run(place / "last.pt")["description"], description)
         run = _Run(
             objective=objective,
             splits=splits,
+            data=read_test_images(splits),
             plan=plan,
             mode=chosen,
             threat=threat,
             accelerator=accelerator,
             description=description,
-            is_untrained=is_untrained,
+            journal=journal,
+            folder=place,
         )
-        return run.performed(journal, place, is_kept=kept is not None)
+        run.check()
+        before = run.before(is_trained=is_trained)
+        try:
+            history = run.train()
+        except TrainingInterrupted as stopped:
+            remedy = "with folder=... the next training could be continued"
+            if kept is not None:
+                remedy = f"the same call continues from {place}"
+            stopped.add_note(f"the network holds the weights of the last step; {remedy}")
+            raise
+        classifier.load_state_dict(load_checkpoint(place / "best.pt")["model"])
+        report = reduce(Report.merged, [before, run.measured("after", history)])
+        if splits.test is splits.validation:
+            journal.say(f"WARNING: {_SELECTED_BY}")
+            report = replace(report, warnings=(*report.warnings, _SELECTED_BY))
+        return report
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A training with a report before and after it; ``is_untrained`` says whether the network has
-    the weights of before the training, and not those of an earlier call.
-    """
+    """A training, with a report before and after it."""
 
     objective: Objective
     splits: ImageSplits
+    data: Data
     plan: TrainingPlan
     mode: Mode
     threat: ThreatModel
     accelerator: Accelerator
     description: dict[str, Any]
-    is_untrained: bool
+    journal: Journal
+    folder: Path
 
-    def performed(self, journal: Journal, folder: Path, *, is_kept: bool) -> Report:
-        """Measure, train, measure."""
+    @property
+    def perturb(self) -> Attack | None:
+        """The attack on training images, if the loss has perturbed ones."""
+        if self.mode.loss == "certified" and self.objective.rho == 0:
+            return None
+        return training_attack(self.mode.name, eps=self.threat.eps)
+
+    def check(self) -> None:
+        """Refuse what cannot be trained."""
         classifier = self.objective.classifier
-        eps = self.threat.eps
         device = device_of(classifier)
-        perturb = None
-        if self.mode.loss != "certified" or self.objective.rho != 0:
-            perturb = training_attack(self.mode.name, eps=eps)
-        attacks = [perturb, *final_attacks(eps).values()]
+        attacks = [self.perturb, *final_attacks(self.threat.eps).values()]
         classifier.cpu()  # where the images are
         try:
             check_training(self.objective, self.splits, self.plan, self.accelerator, attacks)
         finally:
             classifier.to(device)
-        data = read_test_images(self.splits)
-        before = self._before(folder, data, journal)
-        try:
-            history = train(
-                self.objective,
-                self.splits,
-                self.plan,
-                perturb=perturb,
-                validation_attacks=validation_attacks(eps),
-                accelerator=self.accelerator,
-                folder=folder,
-                journal=journal,
-                description=self.description,
-                resume=True,
-            )
-        except TrainingInterrupted as stopped:
-            remedy = "with folder=... the next training could be continued"
-            if is_kept:
-                remedy = f"the same call continues from {folder}"
-            stopped.add_note(f"the network holds the weights of the last step; {remedy}")
-            raise
-        best = load_checkpoint(folder / "best.pt")
-        classifier.load_state_dict(best["model"])
-        after = self._measured("after", history, data, journal)
-        report = reduce(Report.merged, [before, after])
-        if self.splits.test is not self.splits.validation:
-            return report
-        journal.say(f"WARNING: {_SELECTED_BY}")
-        return replace(report, warnings=(*report.warnings, _SELECTED_BY))
 
-    def _before(self, folder: Path, data: Data, journal: Journal) -> Report:
+    def train(self) -> list[EpochRecord]:
+        """Train, or go on where the folder ends."""
+        return train(
+            self.objective,
+            self.splits,
+            self.plan,
+            perturb=self.perturb,
+            validation_attacks=validation_attacks(self.threat.eps),
+            accelerator=self.accelerator,
+            folder=self.folder,
+            journal=self.journal,
+            description=self.description,
+            resume=True,
+        )
+
+    def before(self, *, is_trained: bool) -> Report:
         """The report on the network before its training: that of the first call if the folder has
         it, else measured, with a warning if the network is trained already.
         """
-        path = folder / _BEFORE
-        lacks = f"{path} is missing"
-        if path.is_file() and (folder / "last.pt").is_file():
+        path = self.folder / _BEFORE
+        if path.is_file() and (self.folder / "last.pt").is_file():
             earlier = Report.load(path)
-            if earlier.data == data.fingerprint:
-                journal.say(f"before: the figures of the first call, from {path}")
-                return replace(earlier, environment=self._environment())
-            lacks = f"{path} is of other test images"
-        report = self._measured("before", [], data, journal)
-        if self.is_untrained:
+            if earlier.data == self.data.fingerprint:
+                self.journal.say(f"before: the figures of the first call, from {path}")
+                return replace(earlier, environment=environment(self.accelerator.device))
+        report = self.measured("before", [])
+        if not is_trained:
             report.save(path)
             return report
         warning = (
-            f"before: measured on weights that were trained by an earlier call, since {lacks}; for "
-            "the figures before the training, give the network with the weights of its start"
+            f"before: measured on weights that were trained by an earlier call, since {path} is "
+            "missing or of other test images; for the figures before the training, give the "
+            "network with the weights of its start"
         )
-        journal.say(f"WARNING: {warning}")
+        self.journal.say(f"WARNING: {warning}")
         return replace(report, warnings=(*report.warnings, warning))
 
-    def _environment(self) -> dict[str, str]:
-        return environment(device_of(self.objective.classifier))
-
-    def _measured(
-        self, name: str, history: list[EpochRecord], data: Data, journal: Journal
-    ) -> Report:
-        classifier = self.objective.classifier
+    def measured(self, name: str, history: list[EpochRecord]) -> Report:
+        """The report on the network as it is."""
         return final_report(
             name,
-            classifier,
+            self.objective.classifier,
             history,
             self.splits,
-            data,
+            self.data,
             final_attacks(self.threat.eps),
             self.threat,
-            journal,
+            self.journal,
             seed=self.plan.seed,
             single_step=self.mode.single_step,
             verified=self.plan.verified_eps is not None,
             verified_method=self.plan.verified_method,
             dataset=self.splits.name,
             configuration=self.description["finetune"],
-            environment=self._environment(),
+            environment=environment(self.accelerator.device),
         )
 
 
@@ -451,82 +449,35 @@ def _classifier(
     return classifier
 
 
-def _digest_of_images(splits: ImageSplits, journal: Journal) -> str:
+def _digest_of_images(splits: ImageSplits) -> str:
     """Digest of the images to train on and to select by, with their labels, in order; of the
     labels alone if the data set may draw other images in every pass.
     """
-    parts: list[list[tuple[int, str]]] = []
-    for images in (splits.train, splits.validation):
-        with_images = _repeats(images)
-        part: list[tuple[int, str]] = []
-        with (
-            seeded_network(None, 0, torch.device("cpu")),
-            working("reading the images", journal.console, total=len(images)) as step,
-        ):
-            for index in range(len(images)):
-                x, y = images[index]
-                part.append((int(y), fingerprint(x) if with_images else ""))
-                step()
-        parts.append(part)
+    parts = []
+    with seeded_network(None, 0, torch.device("cpu")):
+        for images in (splits.train, splits.validation):
+            source: object = images
+            while isinstance(source, Subset | CheckedImages):
+                source = source.dataset
+            repeats = type(source) in (TensorDataset, StoredImages, FileImages)
+            pairs = (images[index] for index in range(len(images)))
+            parts.append([(int(y), fingerprint(x) if repeats else "") for x, y in pairs])
     return fingerprint(parts)
 
 
-def _repeats(images: object) -> bool:
-    """Whether a data set is known to give the same images in every pass."""
-    while isinstance(images, Subset | CheckedImages):
-        images = images.dataset
-    return type(images) in (TensorDataset, StoredImages, FileImages)
-
-
-def _check_same_training(
-    folder: Path, classifier: SpikingClassifier, splits: ImageSplits, description: dict[str, Any]
-) -> bool:
-    """Raise ValueError if a folder holds another training; if it holds none, write into it what
-    the network is before its training. Returns whether the network has the weights of that time.
-
-    After an interruption, the network of the same call has the weights of a checkpoint.
+def _weights_before(folder: Path, classifier: SpikingClassifier) -> tuple[str, bool]:
+    """Digest of the weights before the training of a folder, and whether the network has those of
+    one of its checkpoints by now, as after an interruption.
     """
-    last, path = folder / "last.pt", folder / "network_before.json"
-    few = Subset(splits.train, range(min(_FEW, len(splits.train))))
-    unasked = Answers(None, None)  # which rounding moves
-    network = identify(classifier, Data.of(image_loader(few, _FEW)))
-    network = replace(network, noise=unasked, images=unasked)
-    if not last.exists():
-        network.save(path)
-        return True
-    check_same_run(load_run(last)["description"], description)
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing, by which the network of this training is recognised; train into "
-            "another folder"
-        )
-    differing = Identity.load(path).differences(network)
-    weights = {f"network.{name}" for name in classifier.state_dict()}
-    is_untrained = not weights.intersection(differing)
-    if any(_has_weights_of(classifier, folder / name) for name in ("last.pt", "best.pt")):
-        differing = [name for name in differing if name not in weights]
-    if differing:
-        of_random_weights = ""
-        if weights.intersection(differing):
-            of_random_weights = (
-                " (if its weights are random, seed what builds it, or load the weights of last.pt)"
-            )
-        raise ValueError(
-            f"{folder} holds the training of another network ({', '.join(differing[:3])} differ): "
-            f"give the network as it was before that training{of_random_weights}, or train into "
-            "another folder"
-        )
-    return is_untrained
-
-
-def _has_weights_of(classifier: SpikingClassifier, checkpoint: Path) -> bool:
-    if not checkpoint.is_file():
-        return False
-    weights = load_checkpoint(checkpoint)["model"]
     own = classifier.state_dict()
-    return own.keys() == weights.keys() and all(
-        torch.equal(value.cpu(), weights[name]) for name, value in own.items()
-    )
+    for path in (folder / "last.pt", folder / "best.pt"):
+        content = load_checkpoint(path) if path.is_file() else {"model": {}}
+        weights = content["model"]
+        if own.keys() == weights.keys() and all(
+            torch.equal(value.cpu(), weights[name]) for name, value in own.items()
+        ):
+            return content["description"].get("network", {}).get("weights", ""), True
+    return fingerprint(own), False
 
 
 @contextmanager

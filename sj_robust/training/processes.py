@@ -1,8 +1,9 @@
-"""The processes of a run: interrupts and random generators."""
+"""How a run is carried out: interrupts, random generators, compilation and memory order."""
 
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from sj_robust.core.convention import Takes
+from sj_robust.core.host import from_reset, functional
 
 __all__ = [
     "TrainingInterrupted",
+    "choose_channels_last",
     "collected_signals",
+    "compiled",
+    "is_measured",
     "mixed",
     "random_state",
     "set_random_state",
+    "store_channels_last",
 ]
+
+
+_BACKEND = "inductor"
+_OPTIONS = {
+    "layout_optimization": False
+}  # the memory order is the run's; around kernels another one means copies
+_ROUNDS = 3
+_GAIN = 0.95  # of the time, so that a change of order is worth its rounding
 
 
 class TrainingInterrupted(Exception):  # noqa: N818  # an interruption asked for is not an error
@@ -87,3 +106,113 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def compiled(net: nn.Module, *, takes: Takes = "sequence") -> Iterator[None]:
+    """Run ``net`` through ``torch.compile`` until the context ends. 在上下文内编译网络。
+
+    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that runs all
+    steps in one call also resets its states after every pass, inside the graph, which then need not
+    hand them out or wait for their gradients. Compiling happens at the first pass of every kind
+    (training, attack, another batch size), which then takes long. ``net`` is the network inside a
+    classifier, and ``takes`` what its convention says.
+
+    Raises:
+        ValueError: If torch cannot compile the network on this machine.
+
+    Source: Ansel et al., "PyTorch 2" (ASPLOS 2024).
+
+    Examples:
+        >>> net = nn.Linear(2, 1)
+        >>> with compiled(net):  # compiles nothing before the first pass
+        ...     list(net.state_dict())
+        ['weight', 'bias']
+    """
+    from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes seconds
+
+    own_forward = net.__dict__.get("forward")
+    if takes != "steps":
+        forward = net.forward
+
+        def forward_and_reset(
+            *args: Any, **kwargs: Any
+        ) -> Any:  # a hook would do it too, but more slowly
+            outputs = forward(*args, **kwargs)
+            functional.reset_net(net)
+            return outputs
+
+        net.forward = forward_and_reset
+    net.compile(backend=_BACKEND, options=_OPTIONS if _BACKEND == "inductor" else None)
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ValueError(
+            "compile=True, but torch.compile cannot compile this network here "
+            f"({type(error).__name__}: {reason}); train with compile=False, or see that a C++ "
+            "compiler (on a GPU also Triton) is installed"
+        ) from error
+    finally:
+        net._compiled_call_impl = None  # torch has no public way back
+        net.__dict__.pop("forward", None)
+        if own_forward is not None:
+            net.forward = own_forward
+        torch.compiler.reset()
+
+
+def is_measured(images: Tensor, accelerator: Accelerator) -> bool:
+    """Whether the order is chosen by a measurement, as on a CPU in half precision.
+
+    In float32 the order on a CPU is never changed, so that a run can be repeated bit by bit.
+    """
+    on_gpu = accelerator.device.type == "cuda"
+    return not on_gpu and accelerator.mixed_precision != "no" and images.ndim == 4
+
+
+def choose_channels_last(
+    classifier: nn.Module, images: Tensor, accelerator: Accelerator, seed: int
+) -> bool:
+    """Whether the network is to be stored channels last: always on CUDA; where it is measured, if
+    it is faster.
+
+    It is measured by passes forward and backward over ``images``; the main process decides for all,
+    since their gradients are summed as they lie in memory.
+    """
+    if not is_measured(images, accelerator):
+        return bool(accelerator.device.type == "cuda")
+    choice = [
+        _is_faster(classifier, images, accelerator, seed) if accelerator.is_main_process else False
+    ]
+    broadcast_object_list(choice)
+    return bool(choice[0])
+
+
+def store_channels_last(module: nn.Module) -> None:
+    """Put the weights of two-dimensional convolutions into this order; the parameters stay the same
+    objects.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_faster(classifier: nn.Module, images: Tensor, accelerator: Accelerator, seed: int) -> bool:
+    weights = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    originals = [(parameter, parameter.data) for parameter in classifier.parameters()]
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with from_reset(classifier, seed, images.device):
+        for channels_last in (False, True) * _ROUNDS:
+            if channels_last:
+                store_channels_last(classifier)
+            x = images.contiguous(
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
+            start = time.perf_counter()
+            with accelerator.autocast():
+                total = classifier(x).float().sum()
+            torch.autograd.grad(total, weights, allow_unused=True)
+            times[channels_last].append(time.perf_counter() - start)
+            for parameter, data in originals:
+                parameter.data = data
+    return min(times[True]) < _GAIN * min(times[False])

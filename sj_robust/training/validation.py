@@ -41,8 +41,7 @@ from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.gains import perturbation_gains
 from sj_robust.proofs.gains.design import gain_scalars
 from sj_robust.proofs.verification import NormName
-from sj_robust.training.history import EpochRecord, catastrophic_overfitting
-from sj_robust.training.journal import Journal
+from sj_robust.training.journal import EpochRecord, Journal, catastrophic_overfitting
 from sj_robust.training.modes import NOISE
 from sj_robust.training.processes import mixed
 

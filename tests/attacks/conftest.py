@@ -1,20 +1,17 @@
-"""The attacks and models of the table as fixtures, and a trained network."""
+"""The attacks and models of the table as fixtures, and trained networks."""
 
 import importlib
-from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from attacks.moving_bars import EVENT_ATTACKS, moving_bars, trained_model
+from attacks.moving_bars import moving_bars, trained_model
 from attacks.table import (
-    ATTACKS,
+    EVERY,
     MODELS,
-    NOISES,
-    ON_IMAGES,
+    SEARCHES,
     Attack,
     PerStep,
     Trained,
-    linear_model,
     seeded,
     train,
 )
@@ -24,24 +21,21 @@ from torch import Tensor, nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import spike_search
 
-SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
-PAIRS = [
-    *each_in_turn([*NOISES, *ON_IMAGES], ["linear"]),
-    *each_in_turn(SEARCHES, MODELS),
-    *each_in_turn(["sapgd"], MODELS),
-]
-"""Every attack on some model, and one of them on every one."""
+ON_MODELS = {name: row for name, row in SEARCHES.items() if not row.of_events}
+PAIRS = [*each_in_turn(ON_MODELS, MODELS), *each_in_turn(["sapgd"], MODELS)]
+"""Every attack on images on some model, and one of them on every one."""
 
 
 def _of_each_kind(attacks: dict[str, Attack]) -> list[str]:
-    """One attack of every function, and one more where it may also draw nothing."""
+    """One attack of every function, and one more where it may also draw nothing or counts."""
     kinds = {}
     for name, attack in attacks.items():
-        kinds.setdefault((attack.function, attack.draws), name)
+        counts = attack.options.get("counts")
+        kinds.setdefault((attack.function, attack.draws, counts), name)
     return list(kinds.values())
 
 
-def _one_of(names: Iterable[str]):
+def _one_of(names):
     @pytest.fixture(params=names)
     def attack(request, monkeypatch) -> Attack:
         return _shortened(request.param, monkeypatch)
@@ -49,13 +43,10 @@ def _one_of(names: Iterable[str]):
     return attack
 
 
-attack = _one_of(ATTACKS)
-gradient_attack = _one_of(SEARCHES)
-image_attack = _one_of(ON_IMAGES)
-every_attack = _one_of(ATTACKS | ON_IMAGES)
-any_attack = _one_of(_of_each_kind(ATTACKS | ON_IMAGES))
-search = _one_of(_of_each_kind(SEARCHES | ON_IMAGES))  # a search asks the model
-gradient_search = _one_of(_of_each_kind(SEARCHES))
+attack = _one_of(EVERY)
+search = _one_of(SEARCHES)  # a search asks the model
+any_attack = _one_of(_of_each_kind(EVERY))
+any_search = _one_of(_of_each_kind(SEARCHES))
 
 
 @pytest.fixture(params=MODELS)
@@ -65,14 +56,13 @@ def model(request) -> nn.Module:
 
 @pytest.fixture(params=PAIRS, ids="-".join)
 def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
-    """Noises and what is slow run on the quickest model."""
     name, model = request.param
     return _shortened(name, monkeypatch), untrained(model)
 
 
 def _shortened(name: str, monkeypatch) -> Attack:
     """An attack by name; what runs other attacks gives them a small part of their iterations."""
-    attack = (ATTACKS | ON_IMAGES)[name]
+    attack = EVERY[name]
     if attack.function is spike_search:
         module = importlib.import_module("sj_robust.attacks.spike_search")
         monkeypatch.setattr(module, "_STEPS", 5)
@@ -88,14 +78,8 @@ def untrained(name: str) -> nn.Module:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    """Seven images for the models, with values on the border of the box among them; the linear one
-    is right.
-    """
-    generator = seeded(2)
-    x = torch.rand(7, 1, 6, 6, generator=generator)
-    x[0, 0, 0] = 0.0
-    x[1, 0, 1] = 1.0
-    return x, linear_model(36)(x).argmax(1)
+    """Seven images for the models; the linear one is right."""
+    return EVERY["pgd"].samples()
 
 
 @pytest.fixture(scope="session")
@@ -142,13 +126,3 @@ def trained() -> Trained:
 def bars() -> Trained:
     """A spiking network trained on event frames for a second; evaluation mode."""
     return Trained(trained_model(), *moving_bars(32, seeded(1)))
-
-
-@pytest.fixture(params=EVENT_ATTACKS)
-def event_attack(request) -> Callable[..., Tensor]:
-    return EVENT_ATTACKS[request.param]
-
-
-@pytest.fixture(params=[name for name in EVENT_ATTACKS if "random" not in name])
-def event_search(request) -> Callable[..., Tensor]:
-    return EVENT_ATTACKS[request.param]

@@ -1,57 +1,16 @@
-"""Synthetic event data, bars that move in four directions, a small spiking network for them, and
-the event attacks.
-"""
-
-from functools import partial
+"""Synthetic event data, bars that move in four directions, and a small spiking network for them."""
 
 import torch
-from attacks.table import PerStep, seeded, train
+from attacks.table import PerStep, frames, seeded, train
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode
-from sj_robust.attacks import flip_events, move_events, random_flips, random_moves
 from sj_robust.classifier import SpikingEventClassifier
+
+__all__ = ["frames", "moving_bars", "spiking_model", "trained_model"]
 
 T = 6
 SIZE = 10
-
-
-def moved(attack, *arguments, flips, **options):
-    """An attack in time with half as many moves: two elements differ for each."""
-    moves = flips // 2 if isinstance(flips, int) and flips > 1 else flips
-    return attack(*arguments, moves=moves, **options)
-
-
-EVENT_ATTACKS = {
-    "default": flip_events,
-    "add": partial(flip_events, allow="add"),
-    "remove": partial(flip_events, allow="remove"),
-    "gradient_only": partial(flip_events, probes=0, queries=0),
-    "one_step": partial(flip_events, steps=1, probes=0, queries=5),
-    "last": partial(flip_events, keep_best=False, reduce=False, queries=3),
-    "targets_and_restarts": partial(
-        flip_events,
-        target_classes=2,
-        restarts=3,
-        probes=2,
-        queries=3,
-    ),
-    "eot": partial(
-        flip_events,
-        eot_samples=2,
-        confidence=0.5,
-        probes=2,
-        queries=3,
-    ),
-    "moves": partial(moved, move_events),
-    "moves_targets_and_restarts": partial(
-        moved, move_events, total_shift=4, target_classes=2, restarts=3, probes=2, queries=3
-    ),
-    "random": random_flips,
-    "random_moves": partial(moved, random_moves, total_shift=9, tries=3),
-    "random_add": partial(random_flips, allow="add", tries=3),
-    "random_remove": partial(random_flips, allow="remove", tries=3),
-}
 
 
 def moving_bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -95,10 +54,3 @@ def trained_model(epochs: int = 8) -> SpikingEventClassifier:
         torch.manual_seed(0)
         model = spiking_model()
     return train(model, x, y, epochs=epochs, size=50, generator=generator)
-
-
-def frames(
-    *shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Frames of independent events."""
-    return (torch.rand(shape, generator=seeded(seed)) < share).to(dtype)

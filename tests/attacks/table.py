@@ -1,5 +1,5 @@
-"""One table of attacks and one of models; every property is tested over their product. And what
-many tests share.
+"""The table of attacks and the one of networks, whose products are tested; and what many tests
+share.
 """
 
 import math
@@ -16,11 +16,16 @@ from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import (
+    ThreatModel,
     apgd,
     autoattack,
     fgsm,
+    flip_events,
     gaussian,
+    move_events,
     pgd,
+    random_flips,
+    random_moves,
     rfgsm,
     salt_and_pepper,
     sapgd,
@@ -37,33 +42,78 @@ class Attack(NamedTuple):
     """An attack with its options; those that are functions are functions of the radius."""
 
     function: Callable[..., Tensor]
-    options: dict[str, Any]
+    options: dict[str, Any] = {}  # noqa: RUF012  no row changes its own
     norm: str | None = "Linf"  # None: no ball, only the box
     draws: bool = True  # whether the attack itself is random
+    budget: str = "eps"
 
-    def run(
-        self,
-        model,
-        x: Tensor,
-        y: Tensor,
-        eps: float,
-        generator=None,
-    ) -> Tensor:
-        options = {}
+    def run(self, model, x: Tensor, y: Tensor, eps: float, generator=None) -> Tensor:
+        options = {self.budget: eps}
         for name, value in self.options.items():
             options[name] = value(eps) if callable(value) else value
-        if "std" not in options and "amount" not in options:
-            options.setdefault("eps", eps)
         return self.function(model, x, y, **options, generator=generator)
+
+    @property
+    def of_events(self) -> bool:
+        return self.norm in ("L0", "moves")
+
+    @property
+    def usual(self) -> float:
+        """A radius or a number of events that fools some of the samples."""
+        if self.of_events:
+            return 6
+        return 1.0 if self.norm == "L2" else 0.2
+
+    @property
+    def small(self) -> float:
+        """One that fools few."""
+        return 1 if self.of_events else 0.1
+
+    def samples(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Seven images or frames of 36 elements, and what the linear model says of them."""
+        x = torch.rand(7, 1, 6, 6, generator=seeded(2))
+        x[0, 0, 0] = 0.0  # on the border of the box
+        x[1, 0, 1] = 1.0
+        if self.of_events:
+            x = self.frames(7, 3, 2, 2, 3, seed=2)
+            x[6] = 0.0
+            x[5] *= 4.0 if "counts" in self.options else 1.0  # what no neighbour may notice
+        return x.to(dtype), linear_model(36)(x).argmax(1)
+
+    def frames(self, *shape: int, seed: int, share: float = 0.4, **options: Any) -> Tensor:
+        """Frames of events, or of numbers of events."""
+        x = frames(*shape, seed=seed, share=share, **options)
+        if "counts" in self.options:
+            x *= torch.randint(1, 4, shape, generator=seeded(seed))
+        return x
+
+    def assert_within(self, x_adv: Tensor, x: Tensor, eps: float) -> None:
+        """Samples of the same kind in the budget."""
+        if not self.of_events:
+            return assert_within(x_adv, x, self.norm, eps)
+        assert_like(x_adv, x)
+        given = self.options.get
+        change = x_adv - x
+        assert given("allow") != "add" or (change >= 0).all()
+        assert given("allow") != "remove" or (change <= 0).all()
+        assert (x_adv >= 0).all()
+        assert given("counts") or (x_adv <= 1).all()
+        assert torch.equal(x_adv, x_adv.round())
+        size = change.double().abs().flatten(1).sum(1)
+        if self.norm == "L0":
+            assert (size <= eps).all()
+            return None
+        assert (change.sum(1) == 0).all()
+        assert (size <= 2 * eps).all()
+        limits = {"largest_shift": given("largest_shift"), "total_shift": given("total_shift")}
+        threat = ThreatModel("moves", max(eps, 1), **limits, counts=given("counts", False))
+        assert threat.contains(x, x_adv).all()
+        return None
 
 
 def _pgd(*, draws: bool = True, **options) -> Attack:
-    return Attack(
-        pgd,
-        {"step_size": lambda eps: eps / 2, "steps": 3, **options},
-        options.get("norm", "Linf"),
-        draws,
-    )
+    options = {"step_size": lambda eps: eps / 2, "steps": 3, **options}
+    return Attack(pgd, options, options.get("norm", "Linf"), draws)
 
 
 def _climbing(function, **options) -> Attack:
@@ -71,35 +121,38 @@ def _climbing(function, **options) -> Attack:
     return Attack(function, {"steps": 4, **options}, options.get("norm", "Linf"))
 
 
+def _flips(function=flip_events, **options) -> Attack:
+    return Attack(function, options, "L0", budget="flips")
+
+
+def _moves(function=move_events, **options) -> Attack:
+    return Attack(function, options, "moves", budget="moves")
+
+
 NOISES = {
-    "gaussian": Attack(gaussian, {"std": lambda eps: eps}, None),
-    "uniform": Attack(uniform, {}),
-    "salt_and_pepper": Attack(salt_and_pepper, {"amount": lambda eps: eps}, None),
+    "gaussian": Attack(gaussian, norm=None, budget="std"),
+    "uniform": Attack(uniform),
+    "salt_and_pepper": Attack(salt_and_pepper, norm=None, budget="amount"),
 }
 
 ATTACKS = {
     **NOISES,
-    "fgsm": Attack(fgsm, {}, draws=False),
+    "fgsm": Attack(fgsm, draws=False),
     "fgsm_targeted": Attack(fgsm, {"targeted": True}, draws=False),
-    "rfgsm": Attack(rfgsm, {}),
+    "rfgsm": Attack(rfgsm),
     "rfgsm_long": Attack(rfgsm, {"step_size": lambda eps: 2 * eps}),
     "rfgsm_unprojected": Attack(rfgsm, {"project": False}, None),
     "pgd": _pgd(),
     "pgd_last": _pgd(keep_best=False),
     "pgd_no_start": _pgd(random_start=False, draws=False),
-    "pgd_restarts": _pgd(restarts=3),
     "pgd_stop_early": _pgd(restarts=2, stop_early=True),
     "pgd_last_restarts": _pgd(restarts=2, keep_best=False),
-    "pgd_targeted": _pgd(targeted=True),
     "pgd_eot": _pgd(eot_samples=2),
     "pgd_l2": _pgd(norm="L2"),
-    "pgd_l2_last": _pgd(norm="L2", keep_best=False),
     "pgd_l2_restarts": _pgd(norm="L2", restarts=2, targeted=True),
     "apgd": _climbing(apgd),
     "apgd_highest": _climbing(apgd, keep_best=False),
-    "apgd_restarts": _climbing(apgd, restarts=2),
     "apgd_eot": _climbing(apgd, eot_samples=2),
-    "apgd_dlr": _climbing(apgd, loss="dlr"),
     "apgd_targeted": _climbing(apgd, loss="dlr_targeted", target_classes=2),
     "apgd_l2": _climbing(apgd, norm="L2"),
     "apgd_l2_dlr_highest": _climbing(apgd, norm="L2", loss="dlr", keep_best=False),
@@ -116,24 +169,55 @@ ATTACKS = {
 ON_IMAGES = {
     "square": Attack(square, {"queries": 60}),
     "square_l2": Attack(square, {"queries": 60, "norm": "L2"}, "L2"),
-    "autoattack": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
+    "autoattack": Attack(autoattack, {"attacks": ["apgd-ce"]}),
+    "autoattack_fab": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
     "autoattack_l2": Attack(autoattack, {"norm": "L2", "attacks": ["apgd-t"]}, "L2"),
     "autoattack_plus": Attack(autoattack, {"version": "plus", "attacks": ["fab"]}),
     "autoattack_rand": Attack(autoattack, {"version": "rand", "attacks": ["apgd-dlr"]}),
 }
 """What attacks images [N, C, H, W] alone, or takes long."""
 
+_FEW = {"probes": 2, "queries": 3}
+_ALL_RUNS = {"target_classes": 2, "restarts": 3, **_FEW}
 
-def assert_within(
-    x_adv: Tensor,
-    x: Tensor,
-    norm: str | None,
-    eps: float,
-) -> None:
-    """Images of the same kind, without a graph, inside the box and, exactly, inside the ball."""
+ON_EVENTS = {
+    "flips": _flips(),
+    "flips_add": _flips(allow="add", **_FEW),
+    "flips_remove": _flips(allow="remove", **_FEW),
+    "flips_gradient": _flips(probes=0, queries=0),
+    "flips_one_step": _flips(steps=1, probes=0, queries=5),
+    "flips_last": _flips(keep_best=False, reduce=False, queries=3),
+    "flips_runs": _flips(**_ALL_RUNS),
+    "flips_eot": _flips(eot_samples=2, confidence=0.5, **_FEW),
+    "flips_counts": _flips(counts=True, **_FEW),
+    "flips_counts_remove": _flips(counts=True, allow="remove", **_FEW),
+    "moves": _moves(largest_shift=1),
+    "moves_gradient": _moves(probes=0, queries=0),
+    "moves_last": _moves(keep_best=False, reduce=False, queries=3),
+    "moves_runs": _moves(total_shift=4, **_ALL_RUNS),
+    "moves_counts": _moves(largest_shift=1, counts=True, **_FEW),
+    "random_flips": _flips(random_flips),
+    "random_flips_add": _flips(random_flips, allow="add", tries=3),
+    "random_flips_remove": _flips(random_flips, allow="remove", tries=3),
+    "random_flips_counts": _flips(random_flips, counts=True, tries=3),
+    "random_moves": _moves(random_moves, total_shift=9, tries=3),
+    "random_moves_counts": _moves(random_moves, largest_shift=1, counts=True, tries=3),
+}
+EVERY = ATTACKS | ON_IMAGES | ON_EVENTS
+ASK_NOTHING = [*NOISES, "random_flips"]
+SEARCHES = {name: row for name, row in EVERY.items() if name not in ASK_NOTHING}
+
+
+def assert_like(x_adv: Tensor, x: Tensor) -> None:
+    """Samples of the same kind, without a graph."""
     assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
     assert not x_adv.requires_grad
     assert not x_adv.is_inference()  # so that a network can be trained on them
+
+
+def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:
+    """Images of the same kind, inside the box and, exactly, inside the ball."""
+    assert_like(x_adv, x)
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
     distance = x_adv.double() - x.double()
@@ -211,6 +295,13 @@ class Recorder:
     @property
     def sizes(self) -> list[int]:
         return [len(x) for x in self.seen]
+
+
+def frames(
+    *shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Frames of independent events."""
+    return (torch.rand(shape, generator=seeded(seed)) < share).to(dtype)
 
 
 def two_classes(lead: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

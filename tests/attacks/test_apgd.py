@@ -1,12 +1,7 @@
-"""Auto-PGD and SA-PGD against their algorithms written out a second time, known optima, and other
-implementations.
-"""
+"""Auto-PGD and SA-PGD against their algorithms written out a second time."""
 
 import math
-import warnings
-from copy import deepcopy
 from fractions import Fraction
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -16,15 +11,11 @@ from attacks.table import Recorder, predicted, seeded
 from covering import every_pair
 from torch import Tensor
 
-from sj_robust.attacks import SampleSeeds, ThreatModel, _ascent, apgd, pgd, sapgd
+from sj_robust.attacks import apgd, sapgd
 from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
-from sj_robust.core.host import functional
 
 LOSSES = ["ce", "dlr", "dlr_targeted"]
-MODULE = import_module(
-    "sj_robust.attacks.apgd"
-)  # the package's attribute of this name is the function
 
 
 def paper_checkpoints(steps: int) -> list[int]:
@@ -202,23 +193,21 @@ def test_images_of_sapgd_follow_its_recursion(steps):
 
 
 def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_step():
-    x = torch.full((1, 3), 0.5)
-    run = MODULE._AutoAscent(
-        torch.arange(1),
-        x,
-        x,
-        ball=ThreatModel("Linf", 0.1),
-        steps=20,
-    )
-    assert run.checkpoints[0] == 5
-    for step, loss in enumerate(
-        [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    ):  # four steps of five raise it, enough by themselves
-        if step > 0:
-            run.move(step)
-        run.see(step, torch.tensor([loss]), torch.ones_like(x))
-        assert float(run.step_size) == pytest.approx(0.1 if step == 5 else 0.2)
-    assert torch.equal(run.x_adv, x)
+    losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 5.0] + [0.0] * 15)  # four of five steps raise it
+
+    def loss(logits, y):
+        height = logits.sum(1)
+        return next(losses) + height - height.detach()
+
+    model = Recorder(lambda x: x)
+    x = torch.full((1, 40), 0.5)
+    label = torch.zeros(1, dtype=torch.int64)
+    apgd(model, x, label, eps=0.1, steps=20, loss=loss, keep_best=False, generator=seeded())
+    start = model.seen[0]
+    torch.testing.assert_close(model.seen[5], x + 0.1)
+    there = (start + 0.1).clamp(max=0.6)
+    moved = start + 0.75 * (there - start) + 0.25 * (start - model.seen[4])
+    torch.testing.assert_close(model.seen[6], moved.clamp(0.4, 0.6))
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -346,18 +335,6 @@ def test_what_is_misclassified_comes_back_and_what_is_fooled_is_left(attack):
     assert model.sizes == [60] * 26
 
 
-def test_without_anything_standing_nothing_is_attacked():
-    oracle = linear_oracle(5, "L2")
-    x_adv = apgd(
-        oracle.model,
-        oracle.x,
-        (oracle.y + 1) % 5,
-        eps=0.3,
-        loss="dlr_targeted",
-    )
-    assert torch.equal(x_adv, oracle.x)
-
-
 @pytest.mark.parametrize(
     ("target_classes", "falls"), [(1, False), (2, False), (3, True), (9, True)]
 )
@@ -387,93 +364,6 @@ def test_targets_are_the_most_likely_wrong_classes_in_turn(target_classes, falls
     )
     found = bool((model(x_adv).argmax(1) == 3).all())
     assert found == falls
-
-
-@pytest.mark.slow
-def test_sample_seeds_on_a_spiking_network(trained):
-    functional.reset_net(trained.model)  # no state of an earlier call, which cannot be copied
-    model = deepcopy(trained.model).double()
-    x = trained.x[:20].double()
-    y = trained.y[:20]
-    seeds = SampleSeeds(range(100, 120))
-    options = {"eps": 0.05, "steps": 8, "loss": "dlr_targeted", "target_classes": 2}
-    together = apgd(model, x, y, **options, generator=seeds)
-    parts = [torch.tensor(rows) for rows in (range(7), range(7, 8), range(8, 20))]
-    apart = torch.cat(
-        [
-            apgd(
-                model,
-                x[rows],
-                y[rows],
-                **options,
-                generator=seeds.rows(rows),
-            )
-            for rows in parts
-        ]
-    )
-    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
-    assert not torch.equal(together, x)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("norm", "eps", "loss"),
-    [("Linf", 0.1, "dlr"), ("L2", 0.6, "ce"), ("Linf", 0.1, "dlr_targeted")],
-)
-def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monkeypatch):
-    """Over seeds, from the authors' starts: then differences are not those of luck."""
-    peers = pytest.importorskip(
-        "pyautoattack.autopgd_base", reason="extra `attacks` holds the authors' implementation"
-    )
-    model = trained.model
-    x = trained.x[:100]
-    y = trained.y[:100]
-    steps = 50
-    right = predicted(model, x) == y
-    ours = []
-    theirs = []
-    for seed in range(2):
-        with (
-            torch.random.fork_rng(),
-            warnings.catch_warnings(),
-        ):  # it seeds the global generator and warns of zeros
-            warnings.simplefilter("ignore")
-            if loss == "dlr_targeted":
-                peer = peers.APGDAttack_targeted(
-                    model, n_iter=steps, norm=norm, eps=eps, seed=seed, n_target_classes=1
-                )
-            else:
-                peer = peers.APGDAttack(
-                    model,
-                    n_iter=steps,
-                    norm=norm,
-                    eps=eps,
-                    seed=seed,
-                    loss=loss,
-                )
-            peer_adv = peer.perturb(x.clone(), y.clone())
-            torch.manual_seed(seed)
-            if norm == "Linf":
-                noise = 2 * torch.rand(x[right].shape) - 1
-            else:
-                noise = torch.randn(x[right].shape)
-        start = x.clone()
-        start[right] = (x[right] + eps * peer.normalize(noise)).clamp(0, 1)
-        monkeypatch.setattr(_ascent, "random_point", lambda *_, start=start, on_border: start)
-        x_adv = apgd(
-            model,
-            x,
-            y,
-            eps=eps,
-            steps=steps,
-            norm=norm,
-            loss=loss,
-            target_classes=1,
-        )
-        ours.append((predicted(model, x_adv) == y).double().mean().item())
-        theirs.append((predicted(model, peer_adv) == y).double().mean().item())
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.025), (ours, theirs)
-    assert 0.2 < np.mean(ours) < 0.8
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30])
@@ -515,31 +405,3 @@ def test_a_zero_gradient_moves_nothing_in_sapgd_and_stops_nobody_else():
         assert torch.equal(images[0], model.seen[0][0])
     expected = torch.tensor([0.4, 0.6, 0.6], dtype=torch.float64)
     torch.testing.assert_close(x_adv[1], expected)
-
-
-@pytest.mark.slow
-def test_sapgd_is_not_weaker_than_pgd_on_a_spiking_network(trained):
-    model = trained.model
-    x = trained.x[:200]
-    y = trained.y[:200]
-    ours = sapgd(
-        model,
-        x,
-        y,
-        eps=0.1,
-        steps=30,
-        generator=seeded(),
-    )
-    peer = pgd(
-        model,
-        x,
-        y,
-        eps=0.1,
-        step_size=0.025,
-        steps=30,
-        generator=seeded(),
-    )
-    ours_left = (predicted(model, ours) == y).double().mean().item()
-    peer_left = (predicted(model, peer) == y).double().mean().item()
-    assert ours_left <= peer_left + 0.01
-    assert ours_left < 0.8

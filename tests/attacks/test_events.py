@@ -1,5 +1,5 @@
-"""Attacks on binary event frames: budget, known optima, reduction, a trained network, the worst
-case.
+"""Attacks on event frames: known optima, reduction, numbers of events, a trained network, the suite
+of moves.
 """
 
 import itertools
@@ -8,69 +8,48 @@ from typing import ClassVar
 
 import pytest
 import torch
-from attacks.moving_bars import EVENT_ATTACKS, frames, moving_bars
-from attacks.table import (
-    Recorder,
-    Trained,
-    assert_within,
-    fooled,
-    linear_model,
-    predicted,
-    seeded,
-    two_classes,
-)
+from attacks.moving_bars import frames
+from attacks.table import Recorder, fooled, linear_model, predicted, seeded, two_classes
 from covering import every_pair
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from evaluation.short_suite import shortened
+from proofs.event_balls import all_moved
 from torch import nn
 
-from sj_robust.attacks import count_flips, flip_events, random_flips
-from sj_robust.attacks._event_search import FewestChanges
+from sj_robust.attacks import (
+    SampleSeeds,
+    ThreatModel,
+    count_flips,
+    count_moves,
+    flip_events,
+    move_events,
+    random_flips,
+    random_moves,
+)
+from sj_robust.evaluation import Member, Report, make_suite
+from sj_robust.evaluation import assess as whole
+from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.run.member import craft
+from sj_robust.evaluation.subject import Subject
+
+T = 6
+OUTSIDE = float("inf")
+"""The distance of frames that no moves lead to."""
+GRADIENT = {"probes": 0, "queries": 0}
 
 
-class TestBudget:
-    @pytest.mark.parametrize("name", EVENT_ATTACKS)
-    @settings(max_examples=6, deadline=None)
-    @given(
-        shape=st.sampled_from([(1, 1, 1, 1, 1), (0, 2, 2, 3, 3), (3, 2, 2, 2, 3), (2, 4, 1, 3, 2)]),
-        share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-        flips=st.integers(0, 24),
-        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-        seed=st.integers(0, 10**6),
-    )
-    def test_binary_and_at_most_k_changes_of_the_allowed_kind(
-        self, name, shape, share, flips, dtype, seed
-    ):
-        x = frames(*shape, seed=seed, share=share, dtype=dtype)
-        flips = min(flips, x[0].numel()) if len(x) else flips
-        flips -= flips % 2 if "moves" in name else 0  # two elements differ for each
-        y = torch.randint(5, (shape[0],), generator=seeded(seed))
-        before = x.clone()
-        model = linear_model(x[:1].numel() or 1, dtype, seed) if len(x) else linear_model(36, dtype)
-        x_adv = EVENT_ATTACKS[name](
-            model,
-            x,
-            y,
-            flips=flips,
-            generator=seeded(seed),
-        )
-        assert_within(x_adv, x, None, flips)
-        assert ((x_adv == 0) | (x_adv == 1)).all()
-        assert ((x_adv - x).abs().flatten(1).sum(1) <= flips).all()
-        if "add" in name:
-            assert (x_adv >= x).all()
-        if "remove" in name:
-            assert (x_adv <= x).all()
-        assert torch.equal(x, before)
-        assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
+def line(*values):
+    """Frames of one sample with one value each."""
+    return torch.tensor(values).view(1, -1, 1, 1, 1)
 
-    @pytest.mark.slow
-    def test_what_is_wrong_already_stays(self, bars):
-        wrong = (bars.y + 1) % 4
-        right = bars.model(bars.x).argmax(1) != wrong
-        x_adv = flip_events(bars.model, bars.x, wrong, flips=5)
-        assert int(right.sum()) > 24
-        assert torch.equal(x_adv[right], bars.x[right])
+
+def against(score, weight):
+    """A model of two classes: one has this score, the other the weighted sum of all values."""
+
+    def model(z):
+        other = z.flatten(1) @ torch.tensor(weight)
+        return torch.stack([torch.full_like(other, score), other], 1)
+
+    return model
 
 
 class TestLinearOptimum:
@@ -106,7 +85,7 @@ class TestLinearOptimum:
         "allow": ["both", "add", "remove"],
         "options": [
             {},
-            {"probes": 0, "queries": 0},
+            GRADIENT,
             {"steps": 1},
             {"steps": 40, "probes": 3},
         ],
@@ -180,158 +159,100 @@ class TestLinearOptimum:
         gain = (grad * (1 - 2 * x)).flatten(1)
         wanted = (gain >= gain.sort(dim=1, descending=True).values[:, 2:3]) & (gain > 0)
         x_adv = flip_events(
-            model, self.x, y, flips=3, steps=1, probes=0, queries=0, keep_best=False, reduce=False
+            model, self.x, y, flips=3, steps=1, **GRADIENT, keep_best=False, reduce=False
         )
         assert torch.equal((x_adv != self.x).flatten(1), wanted)
 
 
-class TestReduction:
-    @pytest.mark.slow
-    def test_never_unfools_and_needs_fewer(self, bars):
-        run = partial(
-            flip_events,
-            bars.model,
-            bars.x,
-            bars.y,
-            flips=30,
-            steps=5,
-        )
-        reduced = run(reduce=True, generator=seeded())
-        grown = run(reduce=False, generator=seeded())
-        fell = fooled(bars.model, grown, bars.y)
-        assert int(fell.sum()) > 20
-        assert torch.equal(fooled(bars.model, reduced, bars.y), fell)
-        fewer = count_flips(reduced, bars.x)[fell]
-        more = count_flips(grown, bars.x)[fell]
-        assert (fewer <= more).all()
-        assert int((fewer < more).sum()) > 10
-        changed = (reduced != bars.x)[fell]
-        assert bool(((grown != bars.x)[fell] | ~changed).all())  # a subset of what had grown
-
-    @pytest.mark.slow
-    def test_no_single_change_of_a_spiking_network_can_be_put_back(self, bars):
-        x = bars.x[:24]
-        y = bars.y[:24]
-        x_adv = flip_events(
-            bars.model,
-            x,
-            y,
-            flips=30,
-            steps=4,
-            generator=seeded(1),
-        )
-        fell = fooled(bars.model, x_adv, y)
-        changed = (x_adv != x).flatten(1) & fell[:, None]
-        sample, element = changed.nonzero(as_tuple=True)
-        back = x_adv[sample].flatten(1)
-        number = torch.arange(len(back))
-        back[number, element] = 1 - back[number, element]
-        assert not fooled(bars.model, back.view_as(x_adv[sample]), y[sample]).any()
-        assert len(back) > 40
-
-    @pytest.mark.slow
-    def test_further_runs_never_need_more(self, bars):
-        x = bars.x[:12]
-        y = bars.y[:12]
-        run = partial(
-            flip_events,
-            bars.model,
-            x,
-            y,
-            flips=15,
-            queries=20,
-            probes=5,
-        )
-        one = run(generator=seeded())
-        several = run(generator=seeded(), target_classes=3, restarts=2)
-        fell = fooled(bars.model, one, y)
-        fell_to_several = fooled(bars.model, several, y)
-        assert fell_to_several[fell].all()
-        assert (count_flips(several, x) <= count_flips(one, x))[fell].all()
-        assert int(fell_to_several.sum()) > int(fell.sum())
+def test_success_has_the_confidence_that_is_asked_for():
+    x = frames(6, 2, 2, 2, 5, seed=4)
+    model = two_classes(lambda x: x.flatten(1).sum(1) - 9.5)
+    y = predicted(model, x)
+    for confidence, least in ((0.0, 0.5), (1.5, 1.5)):
+        x_adv = flip_events(model, x, y, flips=20, confidence=confidence)
+        lead = model(x_adv)[:, 1] * (1 - 2 * y)
+        assert lead.tolist() == [least] * 6
 
 
-class TestTrainedNetwork:
-    @pytest.mark.slow
-    def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
-        bars = Trained(bars.model, *moving_bars(128, seeded(1)))
-        attacked = []
-        control = []
-        for flips in (0, 5, 20, 40):
-            run = {"flips": flips, "generator": seeded()}
-            searched = flip_events(bars.model, bars.x, bars.y, **run, reduce=False)
-            attacked.append(bars.accuracy(searched))
-            run["generator"] = seeded()
-            drawn = random_flips(bars.model, bars.x, bars.y, **run, tries=10)
-            control.append(bars.accuracy(drawn))
-        assert attacked[0] == control[0] == bars.accuracy(bars.x) > 0.9
-        assert attacked == sorted(attacked, reverse=True)
-        assert attacked[1] < control[1]
-        assert attacked[2] < control[2] - 0.5
-        assert attacked[3] < 0.1
+@pytest.mark.slow
+def test_on_a_trained_network_the_search_uses_all_its_means(bars):
+    """No single change can be put back; probes and exchanges add to the gradient; all of them are
+    better than what is drawn, and further runs never need more.
+    """
+    x = bars.x[:16]
+    y = bars.y[:16]
+    run = partial(flip_events, bars.model, x, y, flips=12, generator=SampleSeeds(range(16)))
+    grown = run(reduce=False)
+    reduced = run()
+    fell = fooled(bars.model, grown, y)
+    assert torch.equal(fooled(bars.model, reduced, y), fell)
+    fewer = count_flips(reduced, x)[fell] < count_flips(grown, x)[fell]
+    assert fewer.sum() > 3
+    assert ((grown != x) | (reduced == x))[fell].all()  # a subset of what had grown
+    changed = (reduced != x).flatten(1) & fell[:, None]
+    sample, element = changed.nonzero(as_tuple=True)
+    back = reduced[sample].flatten(1)
+    number = torch.arange(len(back))
+    back[number, element] = 1 - back[number, element]
+    assert not fooled(bars.model, back.view_as(x[sample]), y[sample]).any()
+    left = [
+        int(fooled(bars.model, run(**options), y).sum()) for options in (GRADIENT, {"queries": 0})
+    ]
+    drawn = random_flips(bars.model, x, y, flips=12, tries=10, generator=seeded())
+    assert int(fooled(bars.model, drawn, y).sum()) < left[0] < left[1] < int(fell.sum())
+    several = run(target_classes=3, restarts=2)
+    assert fooled(bars.model, several, y)[fell].all()
+    assert (count_flips(several, x) <= count_flips(reduced, x))[fell].all()
 
-    @pytest.mark.slow
-    def test_probes_and_queries_add_to_the_gradient(self, bars):
-        run = partial(
-            flip_events,
-            bars.model,
-            bars.x,
-            bars.y,
-            flips=10,
-            reduce=False,
-        )
-        gradient = bars.accuracy(run(generator=seeded(), probes=0, queries=0))
-        probed = bars.accuracy(run(generator=seeded(), queries=0))
-        both = bars.accuracy(run(generator=seeded()))
-        assert gradient > probed > both
 
-    def test_a_network_without_a_gradient_falls_to_the_exchanges(self):
-        class Dead(nn.Module):
-            def forward(self, x):
-                many = x.flatten(1).sum(1)
-                step = (many > 5.5).float() + 0 * many
-                return torch.stack([step, torch.full_like(many, 0.5)], dim=1)
+def test_a_network_without_a_gradient_falls_to_the_exchanges():
+    class Dead(nn.Module):
+        def forward(self, x):
+            many = x.flatten(1).sum(1)
+            step = (many > 5.5).float() + 0 * many
+            return torch.stack([step, torch.full_like(many, 0.5)], dim=1)
 
-        x = frames(6, 2, 2, 3, 3, share=0.2)
-        x[:, 0, 0, 0] = 1.0
-        y = (x.flatten(1).sum(1) < 5.5).long()
-        assert int(y.sum()) < 6
-        with_search = flip_events(
-            Dead(),
-            x,
-            y,
-            flips=8,
-            allow="remove",
-            generator=seeded(),
-        )
-        assert fooled(Dead(), with_search, y)[y == 0].any()
-        assert not torch.isnan(with_search).any()
+    x = frames(6, 2, 2, 3, 3, share=0.2)
+    x[:, 0, 0, 0] = 1.0
+    y = (x.flatten(1).sum(1) < 5.5).long()
+    assert int(y.sum()) < 6
+    with_search = flip_events(
+        Dead(),
+        x,
+        y,
+        flips=8,
+        allow="remove",
+        generator=seeded(),
+    )
+    assert fooled(Dead(), with_search, y)[y == 0].any()
+    assert not torch.isnan(with_search).any()
 
-    def test_calls_of_the_gradient_alone(self):
-        calls = []
-        model = linear_model(36)
-        x = frames(3, 1, 1, 6, 6)
-        y = model(x).argmin(1)  # the label no change of one event reaches
 
-        def counted(images):
-            calls.append(len(images))
-            return model(images)
+def test_calls_of_the_gradient_alone():
+    calls = []
+    model = linear_model(36)
+    x = frames(3, 1, 1, 6, 6)
+    y = model(x).argmin(1)  # the label no change of one event reaches
 
-        right = model(x).argmax(1)
-        flip_events(
-            counted,
-            x,
-            right,
-            flips=1,
-            probes=0,
-            queries=0,
-            reduce=False,
-        )
-        assert sum(calls[:2]) == 6  # the frames themselves, and one gradient
-        assert len(calls) <= 3
-        calls.clear()
-        assert torch.equal(flip_events(counted, x, y, flips=30), x)
-        assert calls == [3]
+    def counted(images):
+        calls.append(len(images))
+        return model(images)
+
+    right = model(x).argmax(1)
+    flip_events(
+        counted,
+        x,
+        right,
+        flips=1,
+        probes=0,
+        queries=0,
+        reduce=False,
+    )
+    assert sum(calls[:2]) == 6  # the frames themselves, and one gradient
+    assert len(calls) <= 3
+    calls.clear()
+    assert torch.equal(flip_events(counted, x, y, flips=30), x)
+    assert calls == [3]
 
 
 class TestRandomFlips:
@@ -351,18 +272,13 @@ class TestRandomFlips:
         expected = torch.full((12,), 0.25)
         torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 
-    def test_more_tries_fool_more(self, bars):
-        run = partial(
-            random_flips,
-            bars.model,
-            bars.x,
-            bars.y,
-            flips=40,
-            allow="remove",
-        )
-        once = bars.accuracy(run(tries=1, generator=seeded()))
-        often = bars.accuracy(run(tries=30, generator=seeded()))
-        assert often < once - 0.1
+    def test_more_tries_fool_more(self):
+        x = frames(40, 2, 2, 3, 3)
+        model = linear_model(36)
+        y = predicted(model, x)
+        run = partial(random_flips, model, x, y, flips=8)
+        fell = [int(fooled(model, run(tries=n, generator=seeded()), y).sum()) for n in (1, 30)]
+        assert fell[1] > fell[0] + 5
 
     def test_one_try_asks_no_model(self):
         def refuses(x):
@@ -377,23 +293,275 @@ class TestRandomFlips:
         for other in others:
             assert torch.equal(alone, other)
 
+    @pytest.mark.parametrize(("flips", "made"), [(12, 12), (24, 24), (300, 24)])
+    def test_of_counts_spend_their_budget(self, flips, made):
+        ones = torch.ones(2, 3, 2, 2, 2)
+        x_adv = random_flips(None, ones, flips=flips, counts=True, generator=seeded(0))
+        assert count_flips(x_adv, ones).tolist() == [made, made]
 
-def test_of_two_sets_of_changes_the_better_is_kept():
-    """Fooling before not fooling, then fewer; among those that do not fool the higher loss."""
-    best = FewestChanges(torch.zeros(1, 1, 2, 2, 2))
-    rows = torch.zeros(1, dtype=torch.int64)
-    for flips, fools, loss, taken in (
-        (5, False, 1.0, True),
-        (1, False, 0.5, False),
-        (6, False, 2.0, True),
-        (4, True, -5.0, True),
-        (1, False, 9.0, False),
-        (5, True, 9.0, False),
-        (4, True, 9.0, False),
-        (3, True, -9.0, True),
-    ):
-        before = best.changed.clone()
-        best.offer(rows, torch.arange(8)[None] < flips, torch.tensor([fools]), torch.tensor([loss]))
-        kept = int(best.changed.sum()), bool(best.fooled), float(best.loss)
-        assert (kept == (flips, fools, loss)) is taken
-        assert taken or torch.equal(best.changed, before)
+
+def test_an_event_joins_others_in_a_frame():
+    x = torch.zeros(1, 4, 2, 1, 1)
+    x[0, :2, 0] = 2.0  # a binary frame would have no room
+    model = against(8.5, [0.0, 0.0, 3.0, 3.0, 1.0, 1.0, 0.0, 0.0])
+    y = torch.tensor([0])
+    x_adv = move_events(model, x, y, moves=1, largest_shift=1, counts=True)
+    assert x_adv[0, :, 0].flatten().tolist() == [1.0, 3.0, 0.0, 0.0]
+    found = count_moves(x_adv, x)
+    assert int(found.events) == 1
+    assert int(found.largest_shift) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"flips": 3}, [5.0, 2.0, 2.0, 2.0]),
+        ({"flips": 3, "allow": "remove"}, [2.0, 0.0, 2.0, 2.0]),
+        ({"flips": 10}, [10.0, 0.0, 2.0, 2.0]),  # 8 of a value, no more
+    ],
+)
+def test_an_event_is_added_to_others_or_removed_from_them(options, expected):
+    x = line(2.0, 2.0, 2.0, 2.0)
+    model = against(100.0, [4.0, -3.0, 1.0, 0.0])
+    x_adv = flip_events(model, x, torch.tensor([0]), counts=True, queries=0, **options)
+    assert x_adv.flatten().tolist() == expected
+
+
+def test_moves_of_counts_are_counted_in_their_order_of_time():
+    x = line(2.0, 1.0, 0.0, 0.0)
+    x_adv = line(0.0, 1.0, 1.0, 1.0)
+    found = count_moves(x_adv, x)
+    assert [int(part) for part in found] == [2, 3, 5, 1]
+    for budget, distance in ((2, OUTSIDE), (3, 3)):
+        threat = ThreatModel("moves", budget, largest_shift=2, counts=True)
+        assert float(threat.distance(x, x_adv)) == distance
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(3, 1.0), (2, 2.0), (1, OUTSIDE)])
+def test_events_in_between_make_way(shift, expected):
+    """From frame 0 to frame 3 an event needs others that move on, if it may not go so far."""
+    threat = ThreatModel("moves", 4, largest_shift=shift)
+    distance = threat.distance(line(1.0, 1.0, 0.0, 0.0), line(0.0, 1.0, 0.0, 1.0))
+    assert float(distance) == expected
+
+
+def test_a_move_that_nothing_can_make_way_for_is_outside_at_once():
+    """Of 30 events in between there are a billion choices of others to move on."""
+    between = [1.0] * 30
+    x = line(1.0, *[0.0] * 4, *between, *[0.0] * 5)
+    x_adv = line(*[0.0] * 5, *between, *[0.0] * 4, 1.0)
+    threat = ThreatModel("moves", 40, largest_shift=2)
+    assert float(threat.distance(x, x_adv)) == OUTSIDE
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_distances_are_the_fewest_moves_of_all(binary):
+    x = frames(1, 4, 1, 2, 2, seed=3, share=0.4)
+    if not binary:
+        x *= torch.randint(1, 3, x.shape, generator=seeded(4))
+    threat = ThreatModel("moves", 3, largest_shift=1, counts=not binary)
+    every = all_moved(x[0], 3, 1, binary=binary)
+    assert threat.contains(x.expand_as(every), every).all()
+    wider = all_moved(x[0], 3, 2, binary=binary)
+    inside = threat.contains(x.expand_as(wider), wider).tolist()
+    known = set(map(tuple, every.flatten(1).tolist()))
+    expected = [tuple(one) in known for one in wider.flatten(1).tolist()]
+    assert inside == expected
+    assert not all(expected)
+
+
+def test_binary_frames_do_not_become_counts():
+    x = line(1.0, 1.0, 0.0, 0.0)
+    stacked = line(0.0, 2.0, 0.0, 0.0)
+    assert float(ThreatModel("moves", 1).distance(x, stacked)) == OUTSIDE
+    member = Member("mine", lambda model, z, y, **_: stacked, threat=ThreatModel("L0", 5))
+    y = torch.tensor([0])
+    with pytest.raises(ValueError, match="must leave event frames binary"):
+        craft(linear_model(4), x, y, member, seeds=SampleSeeds([0]))
+
+
+def test_a_budget_larger_than_the_frames():
+    ones = torch.ones(2, 3, 2, 2, 2)
+    model = linear_model(24)
+    y = model(ones).argmax(1)
+    x_adv = flip_events(model, ones, y, flips=300, counts=True)
+    assert (model(x_adv).argmax(1) != y).all()
+
+
+@pytest.mark.parametrize("value", [1e9, 1e30, 0.5, float("nan"), float("inf")])
+def test_what_are_no_moves_is_far_away(value):
+    x = line(1.0, 0.0, 0.0)
+    x_adv = line(1.0, value, 0.0)
+    threat = ThreatModel("moves", 2, counts=True)
+    assert threat.distance(x, x_adv).tolist() == [OUTSIDE]
+    assert torch.equal(threat.project(x, x_adv), x)
+
+
+def test_what_is_no_number_of_events_is_not_counted():
+    x = line(1.0, 0.0, 0.0)
+    assert count_flips(line(1.0, 1e30, 0.0), x).tolist() == [2**53]
+    assert count_moves(line(0.5, 0.5, 0.0), x).paired.tolist() == [False]
+
+
+class TestOneEvent:
+    """A network that decides by the time of one event: class 1 from frame 3 on; the event comes in
+    frame 0.
+    """
+
+    x = torch.zeros(1, T, 2, 2, 2)
+    x[0, 0, 1, 0, 1] = 1.0
+    y = torch.tensor([0])
+
+    @staticmethod
+    def model(images):
+        when = (images[:, :, 1, 0, 1] * torch.arange(float(T))).sum(1)
+        return torch.stack([torch.full_like(when, 2.5), when], dim=1)
+
+    @pytest.mark.parametrize(
+        "attack",
+        [
+            move_events,
+            partial(move_events, **GRADIENT),
+            partial(move_events, keep_best=False),
+            partial(random_moves, tries=20),
+        ],
+        ids=["default", "gradient", "last", "random"],
+    )
+    @pytest.mark.parametrize(
+        ("budget", "falls"),
+        [
+            ({"moves": 1}, True),
+            ({"moves": 0}, False),
+            ({"moves": 1, "largest_shift": 3}, True),
+            ({"moves": 1, "largest_shift": 2}, False),
+            ({"moves": 5, "total_shift": 3}, True),
+            ({"moves": 5, "total_shift": 2}, False),
+        ],
+    )
+    def test_falls_exactly_at_the_budget_that_moves_it(self, attack, budget, falls):
+        x_adv = attack(
+            self.model,
+            self.x,
+            self.y,
+            **budget,
+            generator=seeded(),
+        )
+        found = bool(self.model(x_adv).argmax(1) != self.y)
+        assert found is falls
+
+
+def test_of_single_moves_the_best_is_found_on_a_linear_model():
+    weight = torch.randn(T * 8, generator=seeded(3))
+    model = two_classes(lambda x: x.flatten(1) @ weight - 100)
+    x = frames(5, T, 2, 2, 2, seed=4)
+    y = torch.zeros(5, dtype=torch.int64)
+    for largest in (1, T - 1):
+        x_adv = move_events(
+            model,
+            x,
+            y,
+            moves=1,
+            largest_shift=largest,
+            **GRADIENT,
+        )
+        found = (x_adv - x).flatten(1) @ weight
+        best = []
+        for row in x.flatten(2):
+            w = weight.view(T, 8)
+            cells = itertools.product(range(T), range(T), range(8))
+            possible = (
+                (a, b, i)
+                for a, b, i in cells
+                if row[a, i] and not row[b, i] and abs(a - b) <= largest
+            )
+            best.append(max(float(w[b, i] - w[a, i]) for a, b, i in possible))
+        torch.testing.assert_close(found, torch.tensor(best), atol=1e-5, rtol=0)
+
+
+def test_needless_moves_are_put_back():
+    model = TestOneEvent.model
+    x = TestOneEvent.x.clone()
+    y = TestOneEvent.y
+    x[0, 1:3, 0] = 1.0  # events that do not count
+    x_adv = move_events(
+        model,
+        x,
+        y,
+        moves=4,
+        steps=1,
+        **GRADIENT,
+        generator=seeded(),
+    )
+    found = [int(value) for value in count_moves(x_adv, x)[:1]]
+    assert found == [1]
+
+
+class TestThreat:
+    x = TestOneEvent.x
+    later = x.roll(2, dims=1)
+
+    def test_distance(self):
+        for limits, allowed in (
+            ({}, True),
+            ({"largest_shift": 1}, False),
+            ({"total_shift": 2}, True),
+        ):
+            threat = ThreatModel("moves", 1, **limits)
+            found = threat.distance(self.x, self.later).tolist()
+            assert found == [1.0 if allowed else torch.inf]
+            found = threat.project(self.x, self.later)
+            assert torch.equal(found, self.later if allowed else self.x)
+        added = self.x.clone()
+        added[0, 3, 0, 0, 0] = 1.0
+        found = ThreatModel("moves", 5).distance(self.x, added).tolist()
+        assert found == [torch.inf]
+
+    def test_a_member_that_leaves_it_is_refused(self):
+        def crafted(attack, **limits):
+            member = Member("mine", attack, threat=ThreatModel("moves", 1, **limits))
+            return craft(
+                nn.Flatten(), self.x, self.x[:, 0, 0, 0, 0].long(), member, seeds=SampleSeeds([0])
+            )
+
+        found = crafted(lambda model, x, y, *, generator: x.roll(2, dims=1))
+        assert torch.equal(found, self.later)
+        with pytest.raises(
+            ValueError,
+            match=r"move at most 1 events .*largest shift 1.* got inf .*shift is too large",
+        ):
+            crafted(lambda model, x, y, *, generator: x.roll(2, dims=1), largest_shift=1)
+        with pytest.raises(ValueError, match=r"must leave event frames binary"):
+            crafted(lambda model, x, y, *, generator: x / 2)
+
+    def test_the_suite_moves_with_its_control(self):
+        threat = ThreatModel("moves", 9, largest_shift=2)
+        suite = make_suite("events", threat, chosen=["pdsg"], classes=4)
+        budget = {"moves": 9, "largest_shift": 2, "total_shift": None}
+        for member in (*suite.members, *suite.control):
+            assert budget.items() <= member.attack.keywords.items()
+        kinds = [member.name.split("/")[0] for member in suite.members]
+        assert kinds == [
+            "moves",
+            "random_moves",
+            "moves",
+            "moves",
+            "moves_t",
+            "random_moves",
+            "moves",
+        ]
+        with pytest.raises(ValueError, match="'standard' does not fit a threat in moves"):
+            make_suite("standard", threat, classes=4)
+
+
+@pytest.mark.slow
+def test_a_whole_evaluation_and_its_report(bars):
+    threat = ThreatModel("moves", 15, largest_shift=2)
+    subject = Subject("bars", bars.model, "three layers")
+    few = [(bars.x[:3], bars.y[:3])]
+    with shortened():
+        report = whole.assess(subject, few, Request("events", threat, "bars", 4, control=False))
+    assert report.budget == "at most 15 events moved in time, each by at most 2 frames"
+    assert report.worst_case.correct < report.clean.correct
+    assert all(map(report.within, report.attacks))
+    again = Report.from_json(report.to_json())
+    assert (again, again.threat) == (report, threat)

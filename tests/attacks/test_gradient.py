@@ -1,5 +1,6 @@
-"""Gradient attacks against optima worked out by hand, and what each option means."""
+"""Noises and gradient attacks against distributions and optima worked out by hand."""
 
+import itertools
 import math
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from attacks.table import Recorder, fooled, seeded, two_classes
 from torch import nn
 
-from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, uniform
 from sj_robust.core.randomness import draw_seed, private_generator, randn
 
 WEIGHT = np.array([[0.3, -0.7, 0.2, 0.0], [-0.5, 0.1, 0.9, 0.0], [0.4, 0.6, -0.8, 0.0]])
@@ -27,17 +28,24 @@ def cross_entropy_gradient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (exponentials / exponentials.sum(1, keepdims=True) - np.eye(3)[y]) @ WEIGHT
 
 
-@pytest.mark.parametrize("targeted", [False, True])
-def test_fgsm_equals_the_formula(targeted):
-    sign = np.sign(cross_entropy_gradient(X, Y)) * (-1 if targeted else 1)
-    expected = np.clip(X + 0.1 * sign, 0, 1)
-    x_adv = fgsm(
-        three_classes,
-        torch.tensor(X),
-        torch.tensor(Y),
-        eps=0.1,
-        targeted=targeted,
-    )
+def negative(logits, y):
+    return -nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+ONE_STEP = {
+    "fgsm": fgsm,
+    "rfgsm": partial(rfgsm, noise_std=0.0),
+    "pgd": partial(pgd, step_size=np.float64(0.25), steps=1, random_start=False, keep_best=False),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+@pytest.mark.parametrize("options", [{}, {"targeted": True}, {"loss": negative}])
+def test_one_step_equals_the_formula(name, options):
+    sign = np.sign(cross_entropy_gradient(X, Y)) * (-1 if options else 1)
+    expected = np.clip(X + 0.125 * sign, 0, 1)
+    eps = np.float32(0.125)  # a number as well
+    x_adv = ONE_STEP[name](three_classes, torch.tensor(X), torch.tensor(Y), eps=eps, **options)
     np.testing.assert_allclose(x_adv.numpy(), expected, rtol=0, atol=1e-12)
     assert (x_adv.numpy()[:, 3] == X[:, 3]).all()  # no gradient there, no step
 
@@ -151,7 +159,7 @@ def valley(offset: float):
     return two_classes(lambda x: 10 * (x - 0.5).abs().flatten() + offset)
 
 
-@pytest.mark.parametrize("offset", [-0.2, 1.0], ids=["fooling iterate", "highest loss"])
+@pytest.mark.parametrize("offset", [-0.2, 1.0, -2.0], ids=["fooling", "highest loss", "both"])
 def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
     x = torch.tensor([[0.4]])
     y = torch.tensor([1])
@@ -249,33 +257,16 @@ def test_a_sample_that_is_fooled_leaves_if_asked_to():
         found.append(fooled(one_sided, x_adv, y))
         sizes.append(recorder.sizes)
     assert torch.equal(*found)
+    # the images themselves, eight steps, the last iterate; then what is left
     assert sizes[0][:10] == [200] * 10
+    assert len(set(sizes[0][10:])) == 1
+    assert 70 <= sizes[0][-1] <= 130
     assert sizes[1] == sorted(sizes[1], reverse=True)
     assert sum(sizes[1]) < 0.8 * sum(sizes[0])
     recorder = Recorder(one_sided)  # all are wrong already: nothing is left to attack
     options |= {"restarts": 1, "random_start": False}
     pgd(recorder, x, 1 - y, **options, stop_early=True)
     assert recorder.sizes == [200]
-
-
-def test_restarts_attack_only_what_is_left():
-    recorder = Recorder(one_sided)
-    x = torch.full((200, 1), 0.5)
-    y = torch.ones(200, dtype=torch.int64)
-    pgd(
-        recorder,
-        x,
-        y,
-        eps=0.3,
-        step_size=0.1,
-        steps=4,
-        restarts=2,
-        generator=seeded(),
-    )
-    sizes = recorder.sizes
-    assert sizes[:6] == [200] * 6  # the images themselves, four steps, the last iterate
-    assert len(set(sizes[6:])) == 1
-    assert 70 <= sizes[-1] <= 130
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -325,6 +316,14 @@ def test_eot_averages_the_gradients_of_its_forwards(attack):
     torch.testing.assert_close(reached, expected)
 
 
+def test_images_are_judged_by_the_mean_of_their_forwards():
+    leads = itertools.cycle([-0.1, 1.0])
+    model = two_classes(lambda x: next(leads) + 0 * x.sum(1))
+    x = torch.full((3, 2), 0.5)
+    x_adv = apgd(model, x, torch.ones(3, dtype=torch.int64), eps=0.1, steps=2, eot_samples=2)
+    assert (x_adv != x).any(1).all()  # none was wrong already
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e30])
 def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
@@ -351,25 +350,6 @@ def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
     torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-6)
 
 
-def test_the_loss_can_be_chosen():
-    x = torch.tensor(X)
-    y = torch.tensor(Y)
-
-    def negative(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return -nn.functional.cross_entropy(logits, y, reduction="none")
-
-    for attack, options in (
-        (fgsm, {}),
-        (rfgsm, {"noise_std": 0.0}),
-        (pgd, {"step_size": 0.1, "steps": 1}),
-    ):
-        if attack is pgd:
-            options = {**options, "random_start": False, "keep_best": False}
-        descended = attack(three_classes, x, y, eps=0.1, loss=negative, **options)
-        expected = np.clip(X - 0.1 * np.sign(cross_entropy_gradient(X, Y)), 0, 1)
-        np.testing.assert_allclose(descended, expected, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_enter_the_loss_as_float32(dtype):
     seen = []
@@ -392,17 +372,24 @@ def test_half_precision_logits_enter_the_loss_as_float32(dtype):
     torch.testing.assert_close(x_adv, expected)
 
 
-def test_numpy_numbers_are_numbers():
-    x = torch.tensor(X)
-    y = torch.tensor(Y)
-    x_adv = pgd(
-        three_classes,
-        x,
-        y,
-        eps=np.float32(0.125),
-        step_size=np.float64(0.25),
-        steps=1,
-        random_start=False,
-    )
-    expected = fgsm(three_classes, x, y, eps=0.125)
-    torch.testing.assert_close(x_adv, expected)
+def test_uniform_noise_fills_the_ball_evenly():
+    x = torch.full((20, 1000), 0.5)
+    noise = (uniform(None, x, eps=0.1, generator=seeded()) - x).flatten()
+    assert noise.min().item() == pytest.approx(-0.1, abs=1e-3)
+    assert noise.max().item() == pytest.approx(0.1, abs=1e-3)
+    for quantile in (0.1, 0.5, 0.9):
+        found = torch.quantile(noise, quantile).item()
+        assert found == pytest.approx(0.1 * (2 * quantile - 1), abs=3e-3)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_salt_and_pepper_replaces_the_share_asked_for(amount, dtype):
+    x = torch.full((40, 500), 0.5, dtype=dtype)
+    noisy = salt_and_pepper(None, x, amount=amount, generator=seeded())
+    found = (noisy == 0).double().mean().item()
+    assert found == pytest.approx(amount / 2, abs=0.01)
+    found = (noisy == 1).double().mean().item()
+    assert found == pytest.approx(amount / 2, abs=0.01)
+    found = (noisy == 0.5).double().mean().item()
+    assert found == pytest.approx(1 - amount, abs=0.01)

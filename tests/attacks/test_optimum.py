@@ -6,44 +6,25 @@ import pytest
 import torch
 from attacks.oracle import linear_oracle
 from attacks.table import predicted, seeded
-from covering import each_in_turn
 
-from sj_robust.attacks import apgd, autoattack, sapgd
+from sj_robust.attacks import apgd, autoattack, fgsm, pgd, sapgd, spike_search
 
+BALLS = ["Linf", "L2"]
 # Untargeted losses get two classes: with more, a start can lead to one that is out of reach beside
 # one that is not.
 KNOWN = [
-    (partial(apgd, steps=50, loss="ce"), 2, ["Linf", "L2"]),
-    (partial(apgd, steps=50, loss="dlr"), 2, ["Linf", "L2"]),
-    (
-        partial(
-            apgd,
-            steps=50,
-            loss="dlr_targeted",
-            target_classes=4,
-        ),
-        5,
-        ["Linf", "L2"],
-    ),
-    (
-        partial(
-            apgd,
-            steps=50,
-            loss="dlr_targeted",
-            target_classes=7,
-        ),
-        8,
-        ["L2"],
-    ),
+    (fgsm, 2, ["Linf"]),
+    (partial(pgd, steps=50), 2, BALLS),
+    (partial(apgd, steps=50, loss="ce"), 2, BALLS),
+    (partial(apgd, steps=50, loss="dlr"), 2, BALLS),
+    (partial(apgd, steps=50, loss="dlr_targeted", target_classes=4), 5, BALLS),
+    (partial(apgd, steps=50, loss="dlr_targeted", target_classes=7), 8, ["L2"]),
     (sapgd, 2, ["Linf"]),
+    (partial(spike_search, forwards=50), 2, BALLS),
 ]
-
-
-CASES = []
-for attack, classes, norms in KNOWN:
-    CASES += each_in_turn([attack], [classes], norms)
+CASES = [(attack, classes, norm) for attack, classes, norms in KNOWN for norm in norms]
 WHOLE = partial(autoattack, attacks=["apgd-ce", "apgd-t", "fab-t"])
-CASES += [pytest.param(WHOLE, 5, norm, marks=pytest.mark.slow) for norm in ("Linf", "L2")]
+CASES += [pytest.param(WHOLE, 5, norm, marks=pytest.mark.slow) for norm in BALLS]
 
 
 @pytest.mark.parametrize(("attack", "classes", "norm"), CASES)
@@ -55,14 +36,7 @@ def test_exactly_the_known_images_fall(attack, classes, norm):
         out_of_reach = logits[:, :1] * 0 - 9  # one class more, for the ratio of the DLR losses
         return torch.cat([logits, out_of_reach], 1)
 
-    options = {} if attack is sapgd else {"norm": norm}
-    x_adv = attack(
-        model,
-        oracle.x,
-        oracle.y,
-        eps=oracle.eps,
-        **options,
-        generator=seeded(),
-    )
+    options = {} if attack in (fgsm, sapgd) else {"norm": norm}
+    x_adv = attack(model, oracle.x, oracle.y, eps=oracle.eps, generator=seeded(), **options)
     assert torch.equal(predicted(model, x_adv) == oracle.y, oracle.robust)
     assert 0.2 < oracle.robust.double().mean().item() < 0.8

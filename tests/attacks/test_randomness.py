@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from attacks.table import linear_model, seeded
-from torch import nn
 
-from sj_robust.attacks import SampleSeeds, gaussian, pgd
+from sj_robust.attacks import SampleSeeds
 from sj_robust.core.randomness import _splitmix64, private_generator, rand, randn
 
 SEEDS = SampleSeeds([11, 12, 13, 14, 15, 16, 17])
@@ -98,82 +96,3 @@ def test_draws_have_the_moments_they_should():
     assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
     assert normal.mean().item() == pytest.approx(0.0, abs=0.03)
     assert normal.std().item() == pytest.approx(1.0, abs=0.03)
-
-
-def test_an_attack_with_sample_seeds_does_not_depend_on_batch_or_neighbours(attack, batch):
-    x = batch[0].double()
-    y = batch[1]
-    model = linear_model(36, seed=3).double()
-    together = attack.run(model, x, y, 0.1, SEEDS)
-    for rows in ([0], [5, 2], [6, 0, 1, 3]):
-        some = attack.run(
-            model,
-            x[rows],
-            y[rows],
-            0.1,
-            SEEDS.rows(torch.tensor(rows)),
-        )
-        torch.testing.assert_close(some, together[rows], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "seeds", [SampleSeeds, lambda pair: seeded(pair[1])], ids=["seeds", "generator"]
-)
-def test_the_draws_of_the_network_follow_the_seeds(seeds):
-    drawn: list[torch.Tensor] = []
-
-    def noisy(x):
-        drawn.append(torch.rand(3))
-        return x[:, :2] * drawn[-1].sum()
-
-    x = torch.rand(2, 4)
-    y = torch.tensor([0, 1])
-    options = {
-        "eps": 0.1,
-        "step_size": 0.05,
-        "steps": 2,
-        "eot_samples": 3,
-        "norm": "L2",
-    }
-    results = [
-        pgd(
-            noisy,
-            x,
-            y,
-            **options,
-            generator=seeds(pair),
-        )
-        for pair in ([1, 2], [1, 2], [1, 3])
-    ]
-    first, again, other = torch.stack(drawn).chunk(3)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(results[0], results[1])
-
-
-@pytest.mark.parametrize(
-    ("seeds", "error", "match"),
-    [
-        ([-1], ValueError, r"seeds must lie in \[0, 2\*\*62\), got -1; use seed % 2\*\*62"),
-        ([2**62], ValueError, r"got 4611686018427387904"),
-        ([1.5], TypeError, r"seeds must be integers, got float; use int\(seed\)"),
-        ([True], TypeError, r"seeds must be integers, got bool"),
-        (torch.rand(3), TypeError, r"integer tensor \[N\], got torch.float32"),
-        (torch.zeros(2, 2, dtype=torch.int64), TypeError, r"of shape \[2, 2\]"),
-    ],
-)
-def test_wrong_seeds(seeds, error, match):
-    with pytest.raises(error, match=match):
-        SampleSeeds(seeds)
-
-
-def test_half_precision_noise_keeps_its_dtype():
-    x = torch.full((2, 3), 0.5, dtype=torch.bfloat16)
-    noisy = gaussian(
-        nn.Identity(),
-        x,
-        std=0.1,
-        generator=SampleSeeds([0, 1]),
-    )
-    assert noisy.dtype == torch.bfloat16
-    assert not torch.equal(noisy[0], noisy[1])

@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 import torch
 from attacks.table import (
-    MODELS,
     Recorder,
     assert_within,
     linear_model,
@@ -19,21 +18,17 @@ from attacks.table import (
 )
 from spikingjelly.activation_based import encoding, layer, neuron
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel, spike_search
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import MOVES, Moves, Place
-from sj_robust.attacks._quicker import quicker
 from sj_robust.attacks._spike_walk import Plan
-from sj_robust.attacks.spike_search import searched
+from sj_robust.attacks.spike_search import quicker, searched
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.core.host import functional
-from sj_robust.data import load_images
 from sj_robust.defences import HomeostaticNode
-from sj_robust.models import NetworkSpec, build_classifier, pretrained
-from sj_robust.proofs import verify
+from sj_robust.models import NetworkSpec, build_classifier
 
 EPS = {"Linf": 0.2, "L2": 0.6}
 
@@ -369,21 +364,6 @@ def test_chains_head_for_other_rivals_than_the_nearest_one(rivals):
     assert predicted(with_a_decoy, x_adv).tolist() == [0 if rivals == 1 else 2] * 3
 
 
-@pytest.mark.parametrize(("forwards", "rivals"), [(19_999, 1), (20_000, 3)])
-def test_many_forwards_are_shared_between_rivals(forwards, rivals, monkeypatch):
-    plans = []
-
-    def caught(model, x, y, starts, ball, plan, seeds):
-        plans.append(plan)
-        return x
-
-    monkeypatch.setattr(sys.modules[spike_search.__module__], "searched", caught)
-    x = torch.full((1, 1, 6, 6), 0.5)
-    label = torch.zeros(1, dtype=torch.int64)
-    spike_search(with_a_decoy, x, label, eps=0.1, starts=[x], forwards=forwards)
-    assert [plan.rivals for plan in plans] == [rivals]
-
-
 @pytest.mark.parametrize(("lead", "goes_on"), [(0.8, True), (2.0, False)])
 def test_a_sample_goes_on_if_few_typical_changes_are_missing(lead, goes_on):
     model = Recorder(two_classes(lambda x: lead - 0.25 * (x[:, 0, 0, 0] > 0.55).to(x.dtype)))
@@ -419,27 +399,6 @@ def test_the_size_of_its_batches_changes_no_result(batch_size):
     found = spike_search(recorder, x, y, **options, batch_size=batch_size)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     assert max(recorder.sizes) <= max(batch_size, 18)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"forwards": 0}, ValueError, "forwards must be"),
-        ({"moves": ["flips"]}, ValueError, "moves must be one of .*did you mean 'flip'"),
-        ({"moves": []}, ValueError, "moves must name"),
-        ({"moves": ["flip"]}, ValueError, "flips need a first spiking layer"),
-        ({"starts": torch.rand(3, 1, 6, 6)}, ValueError, r"starts must be \[S, N, ...\]"),
-        ({"starts": []}, ValueError, r"starts must be \[S, N, ...\]"),
-        ({"starts": "clean"}, TypeError, r"starts must be tensors .*got str; give \[x\]"),
-        ({"starts": [1]}, TypeError, r"starts must be tensors .*got int; give \[x\]"),
-        ({"starts": 1}, TypeError, r"starts must be tensors .*got int; give \[x\]"),
-        ({"starts": torch.full((1, 3, 1, 6, 6), 2.0)}, ValueError, r"must lie in \[0, 1\]"),
-    ],
-)
-def test_wrong_use(options, error, match):
-    x = torch.rand(3, 1, 6, 6, generator=seeded())
-    with pytest.raises(error, match=match):
-        spike_search(linear_model(36), x, predicted(linear_model(36), x), eps=0.1, **options)
 
 
 def test_a_network_that_draws_is_refused():
@@ -487,55 +446,3 @@ def test_a_network_that_repeats_its_numbers_is_searched(source):
     x = torch.rand(3, 1, 6, 6, generator=seeded())
     model = Quiet(source)
     spike_search(model, x, predicted(model, x), eps=0.1, starts=[x], forwards=50, moves=["patch"])
-
-
-def test_a_bare_network_of_sequences_is_told_what_to_wrap_it_in():
-    net = nn.Sequential(layer.Conv2d(1, 2, 3, step_mode="m"), DLIFNode(T=4), nn.Flatten(2))
-    with pytest.raises(ValueError, match="expected x with shape") as refused:
-        spike_search(net, torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]), eps=0.1)
-    assert "attack SpikingClassifier(net, T=...)" in refused.value.__notes__[0]
-    with pytest.raises(ValueError, match="starts must be") as refused:
-        spike_search(net, torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2]), eps=0.1, starts=[])
-    assert not hasattr(refused.value, "__notes__")
-
-
-def digits(count: int) -> tuple[Tensor, Tensor]:
-    test = load_images("digits", test_limit=count).test
-    x, y = default_collate([test[i] for i in range(count)])
-    return x, y
-
-
-@pytest.mark.slow
-def test_no_image_that_is_verified_is_ever_broken():
-    model = pretrained("digits/dlif-certified")
-    x, y = digits(60)
-    verified = torch.tensor(verify(model, x, y, 0.1).verified)
-    assert verified.sum() > 40
-    x = x[verified]
-    y = y[verified]
-    seeds = SampleSeeds(range(len(x)))
-    x_adv = spike_search(model, x, y, eps=0.1, forwards=4800, generator=seeds)
-    assert bool((predicted(model, x_adv) == y).all())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["lif", "dlif"])
-def test_results_do_not_depend_on_neighbours_on_a_spiking_network(model, batch):
-    torch.manual_seed(1)
-    network = MODELS[model]().eval().double()
-    x = batch[0].double()
-    y = predicted(network, x)
-    options = {"eps": 0.1, "forwards": 480}
-    seeds = SampleSeeds(range(7))
-    together = spike_search(network, x, y, **options, generator=seeds)
-    for rows in ([3], [6, 0]):
-        own = seeds.rows(torch.tensor(rows))
-        alone = spike_search(network, x[rows], y[rows], **options, generator=own)
-        torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-9)
-
-
-def test_the_threat_of_an_l2_ball_holds_in_half_precision():
-    x = torch.rand(4, 2, 3, 3, generator=seeded()).half()
-    model = linear_model(18, torch.float16)
-    x_adv = spike_search(model, x, predicted(model, x), eps=0.3, norm="L2", forwards=96)
-    assert bool(ThreatModel("L2", 0.3).contains(x, x_adv).all())

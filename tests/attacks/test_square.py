@@ -1,13 +1,11 @@
-"""Square Attack: a proposal against the same written out in loops, ties, images of any size, a
-trained network.
-"""
+"""Square Attack: a proposal against the same written out in loops, and ties."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from attacks.table import Recorder, assert_within, linear_model, predicted, seeded, two_classes
+from attacks.table import Recorder, linear_model, predicted, seeded, two_classes
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.attacks import square as square_attack
@@ -153,9 +151,6 @@ def test_numbers_are_drawn_for_256_queries_at_once():
         assert torch.equal(proposals[query], proposal)
 
 
-EPS = {"Linf": 0.2, "L2": 0.6}
-
-
 def test_the_winner_of_a_tie_stands_alone_and_all_else_stays():
     logits = torch.randint(-2, 3, (200, 6), generator=seeded()).float() / 4
     logits[0] = 0.0
@@ -180,10 +175,8 @@ def test_a_winner_found_in_another_precision_stays_the_winner_and_gradients_pass
     assert grad.tolist() == [[1.0, 2.0, 3.0]] * 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", EPS)
-@pytest.mark.parametrize("generator", [SampleSeeds(range(40)), None], ids=["seeds", "none"])
-def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, generator):
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.12), ("L2", 0.7)])
+def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, eps):
     linear = linear_model(36, seed=3)
     counts = Recorder(lambda x: torch.floor(linear(x)))  # whole numbers, as spike counts are
     x = torch.rand(40, 1, 6, 6, generator=seeded(4))
@@ -192,10 +185,10 @@ def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, generator):
         counts,
         x,
         y,
-        eps=0.12 if norm == "Linf" else 0.7,
+        eps=eps,
         norm=norm,
         queries=300,
-        generator=generator,
+        generator=SampleSeeds(range(40)),
     )
     standing = predicted(counts, x_adv) == y
     last = counts.sizes[-2]
@@ -205,48 +198,3 @@ def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, generator):
     found = int((standing & (top[:, 0] == top[:, 1])).sum())
     assert found > 0
     assert 0 < last < 40
-
-
-@pytest.mark.parametrize("size", [(3, 3), (4, 7), (12, 12), (14, 5), (18, 18)])
-@pytest.mark.parametrize("norm", EPS)
-@pytest.mark.parametrize("generator", [SampleSeeds([1, 2, 3]), None], ids=["seeds", "none"])
-def test_images_of_any_size(size, norm, generator):
-    x = torch.rand(3, 2, *size, generator=seeded())
-    model = linear_model(2 * size[0] * size[1])
-    y = predicted(model, x)
-    x_adv = square_attack(
-        model,
-        x,
-        y,
-        eps=EPS[norm],
-        norm=norm,
-        queries=30,
-        generator=generator,
-    )
-    assert_within(x_adv, x, norm, EPS[norm])
-    assert ((x_adv != x).flatten(1).any(1)).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.15), ("L2", 1.0)])
-@pytest.mark.parametrize("generator", [SampleSeeds(range(60)), None], ids=["seeds", "none"])
-def test_on_a_trained_spiking_network(trained, norm, eps, generator):
-    x = trained.x[:60]
-    y = trained.y[:60]
-    model = Recorder(trained.model)
-    x_adv = square_attack(
-        model,
-        x,
-        y,
-        eps=eps,
-        norm=norm,
-        queries=100,
-        generator=generator,
-    )
-    clean = int((predicted(trained.model, x) == y).sum())
-    standing = int((predicted(trained.model, x_adv) == y).sum())
-    assert model.sizes[:2] == [60, clean]
-    # who is fooled leaves the search, and the last query may fool
-    assert standing <= model.sizes[-1] <= standing + 2
-    assert standing < 0.8 * clean
-    assert_within(x_adv, x, norm, eps)

@@ -1,13 +1,13 @@
-"""What an attack leaves as it found it: images, gradients, modes, random state; and what it depends
-on.
+"""What an attack leaves as it found it, samples, gradients, modes and random state, and what it
+depends on.
 """
 
-import gc
 import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from itertools import combinations
 from time import sleep
 
@@ -16,33 +16,38 @@ import torch
 from attacks.conftest import untrained
 from attacks.table import (
     ATTACKS,
+    EVERY,
     MODELS,
+    ON_IMAGES,
     Recorder,
     all_generators,
     left_as_it_was,
     linear_model,
-    predicted,
     seeded,
 )
 from covering import each_in_turn
 from launch import ENVIRONMENT
-from packaging.version import Version
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import SampleSeeds, fgsm, pgd, spike_search
-from sj_robust.attacks._resets import refuse_carried_states
+from sj_robust.attacks import SampleSeeds, autoattack, fgsm, pgd, spike_search
 from sj_robust.core.preserved import evaluation_mode, locked
 from sj_robust.neuron import DLIFNode
 
+SEEDS = SampleSeeds(range(11, 18))
+
 
 @pytest.mark.parametrize("fail_at", [None, 1])
-def test_network_and_generators_are_left_as_they_were(gradient_search, batch, fail_at):
-    model = untrained("dlif")
-    refuses_noise = gradient_search.function is spike_search  # see the next test
-    with left_as_it_was(model, fail_at, draws=torch.ones if refuses_noise else torch.rand):
-        gradient_search.run(model, *batch, 0.1, seeded() if fail_at else None)
+def test_network_and_generators_are_left_as_they_were(any_search, fail_at):
+    of_package = any_search in ATTACKS.values()
+    model = untrained("dlif") if of_package else nn.Sequential(linear_model(36), nn.Dropout())
+    draws = all_generators if any_search in ON_IMAGES.values() else torch.rand
+    if any_search.function is spike_search:  # which refuses a network that draws
+        draws = torch.ones
+    x, y = any_search.samples()
+    with left_as_it_was(model, fail_at, draws=draws):
+        any_search.run(model, x, y, any_search.small, seeded() if fail_at else None)
 
 
 def test_a_refusal_of_random_numbers_leaves_network_and_generators_as_they_were(batch):
@@ -52,27 +57,137 @@ def test_a_refusal_of_random_numbers_leaves_network_and_generators_as_they_were(
         spike_search(model, *batch, eps=0.1)
 
 
-@pytest.mark.parametrize("name", ["pgd_restarts", "apgd_targeted"])
+@pytest.mark.parametrize("name", ["pgd_last_restarts", "apgd_targeted"])
 def test_any_network_is_left_as_it_was(model, batch, name):
     with left_as_it_was(model):
         ATTACKS[name].run(model, *batch, 0.1)
 
 
-@pytest.mark.parametrize("fail_at", [None, 12])
-def test_all_global_generators_are_left_as_they_were(image_attack, batch, fail_at):
+def test_other_seeds_and_no_generator_give_other_numbers(any_attack):
+    x, y = any_attack.samples()
+
+    def everything_seen(generator) -> list[list[float]]:
+        model = Recorder(linear_model(36))
+        torch.manual_seed(0)  # does not govern the attack, whose numbers are fresh each time
+        result = any_attack.run(model, x, y, any_attack.small, generator)
+        return [images.tolist() for images in (*model.seen, result)]
+
+    others = (seeded(5), seeded(6), SEEDS, SEEDS.derived("other"), None, None)
+    with torch.random.fork_rng():
+        runs = [everything_seen(given) for given in others]
+        assert everything_seen(SEEDS) == runs[2]
+        assert everything_seen(seeded(5)) == runs[0]
+    for first, second in combinations(runs, 2):
+        assert (first != second) == any_attack.draws
+
+
+def test_a_call_draws_one_number_whatever_its_options():
+    """So that one generator serves consecutive calls with new numbers."""
+    states = []
+    for name in ("gaussian", "fgsm", "pgd", "pgd_l2_restarts", "pgd_eot", "flips", "square"):
+        generator = seeded()
+        attack = EVERY[name]
+        attack.run(linear_model(36), *attack.samples(), attack.usual, generator)
+        states.append(generator.get_state())
+    for state in states:
+        assert torch.equal(state, states[0])
+    assert not torch.equal(states[0], seeded().get_state())
+
+
+def test_a_result_depends_on_neither_batch_nor_neighbours(attack):
+    if attack.function is autoattack:
+        pytest.skip("the numbers of the library are those of the batch")
+    x, y = attack.samples(torch.float64)
+    model = linear_model(36, torch.float64, seed=3)
+    eps = attack.usual
+    together = attack.run(model, x, y, eps, SEEDS)
+    for rows in ([0], [5, 2], [6, 0, 1, 3]):
+        rows = torch.tensor(rows)
+        some = attack.run(model, x[rows], y[rows], eps, SEEDS.rows(rows))
+        torch.testing.assert_close(some, together[rows], rtol=0, atol=1e-12)
+    others = torch.cat([x[:1], x[1:].flip(0)]), torch.cat([y[:1], (y[1:] + 1) % 5])
+    first = attack.run(model, x, y, eps, seeded(1))[0]
+    second = attack.run(model, *others, eps, seeded(1))[0]
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+
+
+KINDS = each_in_turn(["pgd", "apgd", "spike_search", "square"], MODELS)
+KINDS += [("pgd", "lif"), *each_in_turn(["autoattack", "flips", "moves"], ["linear"])]
+
+
+@pytest.mark.parametrize("attack_and_model", KINDS, indirect=True, ids="-".join)
+def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model):
+    attack, model = attack_and_model
+    x, y = attack.samples()
+    eps = attack.small
+    expected = attack.run(model, x, y, eps, seeded(5))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            x_adv = attack.run(model, x.clone(), y.clone(), eps, seeded(5))
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+        assert torch.equal(x_adv, expected), context.__name__
+
+
+def test_samples_that_require_a_gradient_get_none_and_stay(any_attack):
+    x, y = any_attack.samples()
+    x.requires_grad_()
+    x_adv = any_attack.run(linear_model(36), x, y, any_attack.usual)
+    assert x.grad is None
+    assert x.requires_grad
+    assert not x_adv.requires_grad
+
+
+def test_a_plain_function_is_a_model(any_search):
+    module = linear_model(36)
+    arguments = (*any_search.samples(), any_search.usual)
+    of_module = any_search.run(module, *arguments, seeded())
+    of_function = any_search.run(lambda x: module(x), *arguments, seeded())
+    assert torch.equal(of_module, of_function)
+
+
+def test_autocast_of_the_caller(any_search):
     model = linear_model(36)
-    y = predicted(model, batch[0])
-    with left_as_it_was(model, fail_at, draws=all_generators):
-        image_attack.run(
-            model,
-            batch[0],
-            y,
-            0.02,
-            seeded() if fail_at else None,
-        )
+    x, y = any_search.samples()
+    with torch.autocast("cpu", torch.bfloat16):
+        x_adv = any_search.run(model, x, y, any_search.usual)
+        logits = model(x)
+    assert x_adv.dtype == torch.float32
+    # the attack left no stale weight in autocast's cache
+    (grad,) = torch.autograd.grad(logits.sum(), model[1].weight)
+    assert grad.abs().sum() > 0
 
 
-THREADS = 8
+def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
+    drawn = []
+
+    def model(x):
+        drawn.append(torch.rand(3))
+        return linear_model(36)(x) * drawn[-1].mean()
+
+    fgsm(model, *batch, eps=0.1)
+    assert not torch.equal(drawn[0], torch.rand(3))
+
+
+@pytest.mark.parametrize("seeds", [SampleSeeds, lambda pair: seeded(pair[1])])
+def test_the_draws_of_the_network_follow_the_seeds(seeds):
+    drawn = []
+
+    def noisy(x):
+        drawn.append(torch.rand(3))
+        return x[:, :2] * drawn[-1].sum()
+
+    x = torch.rand(2, 4)
+    options = {"eps": 0.1, "step_size": 0.05, "steps": 2, "eot_samples": 3, "norm": "L2"}
+    run = partial(pgd, noisy, x, torch.tensor([0, 1]), **options)
+    results = [run(generator=seeds(pair)) for pair in ([1, 2], [1, 2], [1, 3])]
+    first, again, other = torch.stack(drawn).chunk(3)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(results[0], results[1])
+
+
+THREADS = 4
 
 
 def in_threads(count, work):
@@ -88,7 +203,7 @@ def in_threads(count, work):
         return list(pool.map(call, range(count)))
 
 
-@pytest.mark.parametrize("form", ["classifier", "wrapped", "bare", "a function"])
+@pytest.mark.parametrize("form", ["wrapped", "bare", "a function"])
 def test_many_threads_attack_one_network_as_one_thread_does(form):
     torch.manual_seed(0)
     parts = (layer.Linear(16, 24), neuron.LIFNode(v_threshold=0.2), DLIFNode(T=3))
@@ -96,7 +211,6 @@ def test_many_threads_attack_one_network_as_one_thread_does(form):
     functional.set_step_mode(net, "m")
     classifier = SpikingClassifier(net, T=3).train()
     forms = {
-        "classifier": classifier,
         "wrapped": nn.Sequential(nn.Identity(), nn.Dropout(), classifier),
         "bare": ResetsItself(net),
         "a function": lambda x: classifier(x),
@@ -161,7 +275,6 @@ def member():
 
 
 ENSEMBLES = {
-    "classifiers": lambda ensemble: ensemble,
     "parts of a network": lambda ensemble: nn.Sequential(nn.Dropout(), ensemble),
     "in a classifier": lambda ensemble: SpikingClassifier(ensemble, T=2, takes="images"),
 }
@@ -207,21 +320,12 @@ def test_another_thread_waits_for_the_same_module_alone(asked):
     assert order == (["this", "other"] if asked == "the network" else ["other", "this"])
 
 
-@pytest.mark.slow
-def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before():
+def test_a_network_that_may_wait_is_copied_and_saved_as_before():
     model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3), DLIFNode(T=2)), T=2).eval()
     x = torch.rand(2, 4)
     wanted = model(x)
-    copies = [deepcopy(model), pickle.loads(pickle.dumps(model))]
-    if Version(torch.__version__).release[:2] > (2, 8):  # which cannot follow SpikingJelly's reset
-        gc.collect()  # SpikingJelly's table of networks must not shrink while torch compiles
-        copies.append(torch.compile(model, fullgraph=True, backend="eager"))
-    for copied in copies:
+    for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(x), wanted)
-    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
-    plain.find_convention(x)
-    exported = torch.export.export(plain, (x,)).module()
-    assert torch.equal(exported(x), plain(x))
 
 
 COMPILED = """
@@ -253,135 +357,6 @@ def test_a_new_classifier_is_not_compiled_where_a_trial_is_needed():
     model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2).eval()
     with pytest.raises(Exception, match=r"call classifier.find_convention\(images\) once, or pass"):
         torch.export.export(model, (torch.rand(2, 4),))
-
-
-def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
-    drawn = []
-
-    def model(x):
-        drawn.append(torch.rand(3))
-        return linear_model(36)(x) * drawn[-1].mean()
-
-    fgsm(model, *batch, eps=0.1)
-    assert not torch.equal(drawn[0], torch.rand(3))
-
-
-def test_other_seeds_and_no_generator_give_other_numbers(any_attack, batch):
-    def everything_seen(generator) -> list[list[float]]:
-        model = Recorder(linear_model(36))
-        torch.manual_seed(
-            0
-        )  # does not govern the attack: without a generator the numbers are fresh each time
-        result = any_attack.run(model, *batch, 0.1, generator)
-        return [images.tolist() for images in (*model.seen, result)]
-
-    seeds = SampleSeeds(range(7))
-    with torch.random.fork_rng():
-        runs = [
-            everything_seen(given)
-            for given in (
-                seeded(5),
-                seeded(6),
-                seeds,
-                seeds.derived("other"),
-                None,
-                None,
-            )
-        ]
-        assert everything_seen(seeds) == runs[2]
-    for first, second in combinations(runs, 2):
-        assert (first != second) == any_attack.draws
-
-
-def test_a_call_draws_one_number_whatever_its_options(batch):
-    """So that one generator serves consecutive calls with new numbers."""
-    states = []
-    for name in ("gaussian", "fgsm", "pgd", "pgd_restarts", "pgd_eot"):
-        generator = seeded()
-        ATTACKS[name].run(linear_model(36), *batch, 0.1, generator)
-        states.append(generator.get_state())
-    for state in states:
-        assert torch.equal(state, states[0])
-    assert not torch.equal(states[0], seeded().get_state())
-
-
-def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
-    x, y = batch
-    model = linear_model(36, seed=3)
-    other_x = x.clone()
-    other_y = y.clone()
-    other_x[1:] = (
-        x[1:].flip(0) * 1e-3
-    )  # other images, other gradients, other samples left for a restart
-    other_y[1:] = (y[1:] + 1) % 5
-    results = [
-        attack.run(
-            model.double(),
-            images.double(),
-            labels,
-            0.1,
-            seeded(1),
-        )
-        for images, labels in ((x, y), (other_x, other_y))
-    ]
-    torch.testing.assert_close(
-        results[0][0],
-        results[1][0],
-        rtol=0,
-        atol=1e-12,
-    )
-
-
-KINDS = each_in_turn(["pgd", "apgd", "spike_search", "square"], MODELS)
-KINDS += [("pgd", "lif"), ("autoattack", "linear")]
-
-
-@pytest.mark.parametrize("attack_and_model", KINDS, indirect=True, ids="-".join)
-def test_same_seed_same_result_in_any_grad_mode_of_the_caller(attack_and_model, batch):
-    attack, model = attack_and_model
-    x, y = batch
-    expected = attack.run(model, x, y, 0.1, seeded(5))
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            x_adv = attack.run(
-                model,
-                x.clone(),
-                y.clone(),
-                0.1,
-                seeded(5),
-            )
-            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
-        assert torch.equal(x_adv, expected), context.__name__
-
-
-def test_images_that_require_a_gradient_get_none_and_stay(any_attack, batch):
-    x = batch[0].requires_grad_()
-    y = batch[1]
-    x_adv = any_attack.run(linear_model(36), x, y, 0.1)
-    assert x.grad is None
-    assert x.requires_grad
-    assert not x_adv.requires_grad
-
-
-def test_a_plain_function_is_a_model(search, batch):
-    module = linear_model(36)
-    module_result = search.run(module, *batch, 0.1, seeded())
-    function_result = search.run(lambda x: module(x), *batch, 0.1, seeded())
-    assert torch.equal(module_result, function_result)
-
-
-def test_autocast_of_the_caller(search, batch):
-    model = linear_model(36)
-    with torch.autocast("cpu", torch.bfloat16):
-        x_adv = search.run(model, *batch, 0.1)
-        logits = model(batch[0])
-    assert x_adv.dtype == torch.float32
-    assert logits.requires_grad
-    (grad,) = torch.autograd.grad(
-        logits.sum(), model[1].weight
-    )  # the attack left no stale weight in autocast's cache
-    assert grad.abs().sum() > 0
 
 
 class Bare(nn.Module):
@@ -416,45 +391,6 @@ def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
         assert not module._forward_pre_hooks
 
 
-class Repeating(nn.Module):
-    """Repeats images over time itself, and fails afterwards."""
-
-    def __init__(self, net, error=None):
-        super().__init__()
-        self.net = net
-        self.error = error
-
-    def forward(self, x):
-        logits = self.net(x.flatten(1).expand(4, -1, -1)).mean(0)
-        if self.error is not None:
-            raise self.error
-        return logits
-
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("out of memory")
-
-
-@pytest.mark.parametrize("samples", [7, 4, 3])
-@pytest.mark.parametrize("error", [None, OUT_OF_MEMORY], ids=["carried state", "out of memory"])
-def test_a_network_that_repeats_images_itself_is_not_told_to(samples, error):
-    model = Repeating(nn.Sequential(nn.Linear(36, 5), DLIFNode(T=4)), error)
-    x = torch.rand(samples, 1, 6, 6)
-    with pytest.raises(RuntimeError, match="out of memory" if error else "still holds") as raised:
-        pgd(model, x, torch.arange(samples) % 5, eps=0.1, step_size=0.05, steps=3)
-    assert not hasattr(raised.value, "__notes__")
-    for module in model.modules():
-        assert not module._forward_pre_hooks
-        assert not module._forward_hooks
-
-
-def test_a_state_that_is_carried_without_time_steps_has_no_note_beside_its_remedy(batch):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), neuron.LIFNode(step_mode="m"))
-    with pytest.raises(RuntimeError, match="attack SpikingClassifier") as raised:
-        pgd(net.train(), *batch, eps=0.1, step_size=0.05, steps=3)
-    assert raised.type is RuntimeError
-    assert not hasattr(raised.value, "__notes__")
-
-
 def test_a_network_that_resets_itself_is_attacked(batch):
     torch.manual_seed(0)
     net = Bare(resets=True).eval()
@@ -469,17 +405,3 @@ def test_a_network_that_resets_itself_is_attacked(batch):
         keep_best=False,
     )
     assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
-
-
-@pytest.mark.slow
-def test_a_compiled_network_is_not_looked_at():
-    """Its compiled call runs no hooks of the neurons inside."""
-    plain = Bare(resets=True)
-    compiled = Bare(resets=True)
-    inside = nn.Sequential(Bare(resets=True))
-    compiled.compile()
-    inside[0].compile()
-    wrapped = torch.compile(Bare(resets=True))
-    for net, hooks in ((plain, 1), (compiled, 0), (inside, 0), (wrapped, 0)):
-        with refuse_carried_states(net):
-            assert len(net._forward_pre_hooks) == hooks

@@ -5,7 +5,7 @@ python tests/compare/published.py CHECKOUT [--rat CHECKOUT_OF_SNN_RAT] [--checkp
 
 CHECKOUT is a clone of github.com/DingJianhao/stable-snn. Its modules are imported as they are and
 run on the CPU, its training by its own ``main``, in float64, so that no spike next to the threshold
-goes either way by rounding. Prints the tables of docs/compare/published_code.md, and ends with 1 if
+goes either way by rounding. Prints the tables of docs/migrating.md, and ends with 1 if
 something differs by more than rounding. Needs the extras ``compare`` and ``recipes``.
 """
 
@@ -41,7 +41,7 @@ from sj_robust.core.host import neuron, surrogate
 from sj_robust.data import CIFAR_STATISTICS, load_images
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import load_published_checkpoint
-from sj_robust.models.published_checkpoint import published_names
+from sj_robust.models.weights import published_names
 from sj_robust.training import Objective, retract_
 
 T = 3
@@ -250,7 +250,7 @@ def ours_of(net, tau=None):
         path = Path(folder) / "net.pth"
         torch.save(net.state_dict(), path)
         mean, std = STATISTICS
-        classifier, spec = load_published_checkpoint(
+        classifier, _ = load_published_checkpoint(
             path,
             mean=mean,
             std=std,
@@ -259,7 +259,7 @@ def ours_of(net, tau=None):
         )
     classifier.mean.data = torch.tensor(mean)  # loading keeps 32 bits
     classifier.std.data = torch.tensor(std)
-    return classifier, published_names(classifier.net, spec.name)
+    return classifier, published_names(classifier.net, net.state_dict())
 
 
 @torch.no_grad()

@@ -112,13 +112,6 @@ def test_half_precision_is_rotated_in_float32(dtype):
     assert 0 <= result.min() <= result.max() <= 1
 
 
-def test_only_floating_point_is_rotated():
-    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    assert Augmentation()(images, [1]).dtype == torch.uint8
-    with pytest.raises(TypeError, match=r"floating-point images, got torch.uint8; use x.float\(\)"):
-        Augmentation(scale=0.1)(images, [1])
-
-
 def test_images_are_rotated_before_they_are_cropped_and_covered():
     images = torch.rand(5, 1, 12, 12)
     seeds = list(range(5))

@@ -8,8 +8,6 @@ import pickle
 import shutil
 import struct
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +26,7 @@ IDX = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+IMAGES, LABELS = IDX[:2]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -137,6 +136,15 @@ def assert_holds(splits, pixels, labels, expected_sizes):
     assert items(splits.test) == expected[first_test:]
 
 
+WRITE = {
+    "mnist": write_mnist,
+    "fashion_mnist": write_mnist,
+    "cifar10": partial(write_cifar, name="cifar10"),
+    "cifar100": partial(write_cifar, name="cifar100"),
+    "svhn": write_svhn,
+}
+
+
 @pytest.mark.parametrize("gz", [False, True])
 @pytest.mark.parametrize("inside", [".", "FashionMNIST/raw", "MNIST/raw"])
 def test_idx_files(tmp_path, inside, gz):
@@ -144,66 +152,38 @@ def test_idx_files(tmp_path, inside, gz):
     pixels, labels = write_mnist(tmp_path / inside, gz=gz)
     splits = load_images(name, root=tmp_path)
     assert_holds(splits, pixels, labels, [36, 4, 20])
-    fashion = name == "fashion_mnist"
-    assert splits.class_names[:1] == (("T-shirt/top",) if fashion else ())
-    assert splits.mean is None
-    assert splits.augmentation is None
+    assert splits.class_names[:1] == (("T-shirt/top",) if name == "fashion_mnist" else ())
+    assert splits.mean is splits.augmentation is None
 
 
-@dataclass(frozen=True)
-class Cifar:
-    name: str
-    classes: int
-    mean: tuple[float, float, float]
-    sizes: list[int]
-
-
-CIFAR = [
-    Cifar(
-        name="cifar10",
-        classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        sizes=[24, 6, 6],
-    ),
-    Cifar(
-        name="cifar100",
-        classes=100,
-        mean=(0.5071, 0.4867, 0.4408),
-        sizes=[5, 1, 6],
-    ),
-]
+MEANS = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4867, 0.4408)}
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("case", CIFAR, ids=lambda case: case.name)
-def test_cifar(tmp_path, trusted, case, inside):
-    pixels, labels = write_cifar(tmp_path, case.name)
-    folder = next(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("name", "expected"), [("cifar10", [24, 6, 6]), ("cifar100", [5, 1, 6]), ("svhn", [18, 4, 11])]
+)
+def test_files_with_a_checksum(tmp_path, trusted, name, expected, inside):
+    home = tmp_path if name != "svhn" or inside else tmp_path / "SVHN"
+    home.mkdir(exist_ok=True)
+    pixels, labels = WRITE[name](home)
+    folder = next(tmp_path.iterdir()) if name != "svhn" else home
     trusted(folder)
     options = {"root": folder if inside else tmp_path, "validation_fraction": 0.2}
-    splits = load_images(case.name, **options)
-    assert_holds(splits, pixels, labels, case.sizes)
-    assert splits.classes == case.classes
-    assert splits.mean == case.mean
-    assert splits.std is not None
-    assert splits.augmentation == Augmentation(padding=4, flip=True, cutout=16)
-    plain = load_images(case.name, **options, augment=False)
-    assert plain.augmentation is None
+    splits = load_images(name, **options)
+    assert_holds(splits, pixels, labels, expected)
+    assert splits.classes == (100 if name == "cifar100" else 10)
+    assert splits.mean == MEANS.get(name)
+    usual = Augmentation(padding=4, flip=True, cutout=16) if name in MEANS else None
+    assert splits.augmentation == usual
+    assert load_images(name, **options, augment=False).augmentation is None
 
 
-@pytest.mark.parametrize("folder", [".", "SVHN"])
-def test_svhn(tmp_path, trusted, monkeypatch, folder):
-    (tmp_path / folder).mkdir(exist_ok=True)
-    pixels, labels = write_svhn(tmp_path / folder)
-    trusted(tmp_path / folder)
-    splits = load_images("svhn", root=tmp_path)
-    assert_holds(splits, pixels, labels, [20, 2, 11])
-    assert splits.classes == 10
-    assert splits.mean is None
-    assert splits.augmentation is None
+def test_a_missing_package_is_named(tmp_path, trusted, monkeypatch):
+    write_svhn(tmp_path)
+    trusted(tmp_path)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    message = r"MATLAB files, which scipy reads; .*pip install scipy"
-    with pytest.raises(ModuleNotFoundError, match=message):
+    with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
         load_images("svhn", root=tmp_path)
 
 
@@ -212,106 +192,33 @@ class Payload:
         return pytest.fail, ("a pickle was allowed to run code",)
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "content"),
-    [
-        ("cifar10", "cifar-10-batches-py/data_batch_3", pickle.dumps(Payload())),
-        ("cifar10", "cifar-10-batches-py/batches.meta", b"<html>not found</html>"),
-        ("cifar100", "cifar-100-python/test", b""),
-        ("svhn", "test_32x32.mat", b"cut"),
-    ],
-)
-def test_files_that_are_not_the_published_ones(tmp_path, trusted, name, file, content):
-    if name == "svhn":
-        write_svhn(tmp_path)
-    else:
-        write_cifar(tmp_path, name)
-    path = tmp_path / file
+DAMAGES = [
+    ("cifar10", "data_batch_3", lambda old: pickle.dumps(Payload())),
+    ("cifar10", "batches.meta", lambda old: b"<html>not found</html>"),
+    ("cifar100", "test", lambda old: b""),
+    ("svhn", "test_32x32.mat", lambda old: b"cut"),
+    ("fashion_mnist", IMAGES, lambda old: old[:-9]),
+    ("fashion_mnist", f"{IMAGES}.gz", lambda old: old[:-9]),
+    ("fashion_mnist", IMAGES, lambda old: old[:9]),
+    ("fashion_mnist", IMAGES, lambda old: b"<html>not found</html>"),
+    ("fashion_mnist", IMAGES, lambda old: b"\0\0\x0d" + old[3:]),
+    ("fashion_mnist", IMAGES, lambda old: idx(drawn(0, 40))),
+    ("fashion_mnist", IMAGES, lambda old: idx(drawn(0, 0, 28, 28))),
+    ("fashion_mnist", IMAGES, lambda old: idx(drawn(0, 40, 32, 32))),
+    ("fashion_mnist", LABELS, lambda old: idx(np.zeros(30, np.uint8))),
+    ("fashion_mnist", LABELS, lambda old: old[:-1] + b"\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "change"), DAMAGES)
+def test_a_damaged_file_is_refused(tmp_path, trusted, name, file, change):
+    options = {"gz": True} if file.endswith(".gz") else {}
+    WRITE[name](tmp_path, **options)
+    (path,) = tmp_path.rglob(file)
     trusted(path.parent)
-    path.write_bytes(content)
-    message = rf"{file} is damaged \(its MD5 sum is not \w+\); fetch it again"
-    with pytest.raises(ValueError, match=message):
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=path.parent.name):
         load_images(name, root=tmp_path)
-
-
-IMAGES, LABELS = IDX[:2]
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A file of Fashion-MNIST, what becomes of its bytes, and what is said."""
-
-    file: str
-    change: Callable[[bytes], bytes]
-    message: str
-
-
-DAMAGES = {
-    "cut": Damage(
-        file=IMAGES,
-        change=lambda old: old[:-9],
-        message=IMAGES,
-    ),
-    "cut and packed": Damage(
-        file=f"{IMAGES}.gz",
-        change=lambda old: old[:-9],
-        message=IMAGES,
-    ),
-    "cut in its head": Damage(
-        file=IMAGES,
-        change=lambda old: old[:9],
-        message=IMAGES,
-    ),
-    "a page of the web": Damage(
-        file=IMAGES,
-        change=lambda old: b"<html>not found</html>",
-        message=IMAGES,
-    ),
-    "labels for images": Damage(
-        file=IMAGES,
-        change=lambda old: idx(drawn(0, 40)),
-        message=f"{IMAGES} must hold an array of 3 dimensions, got 1: is it misnamed.",
-    ),
-    "no images": Damage(
-        file=IMAGES,
-        change=lambda old: idx(drawn(0, 0, 28, 28)),
-        message=rf"{IMAGES} holds nothing \(shape \(0, 28, 28\)\)",
-    ),
-    "images of another size": Damage(
-        file=IMAGES,
-        change=lambda old: idx(drawn(0, 40, 32, 32)),
-        message=r"images of \[(8, 8|32, 32)\] pixels and test images of \[(8, 8|32, 32)\]",
-    ),
-    "too few labels": Damage(
-        file=LABELS,
-        change=lambda old: idx(drawn(0, 30)),
-        message="40 images but 30 labels",
-    ),
-    "no such class": Damage(
-        file=LABELS,
-        change=lambda old: old[:-1] + b"\n",
-        message=f"{LABELS} holds 1 labels outside the classes 0 to 9, the first is 10",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGES)
-def test_damaged_idx_files(tmp_path, what):
-    damage = DAMAGES[what]
-    write_mnist(tmp_path, gz=damage.file.endswith(".gz"))
-    path = tmp_path / damage.file
-    path.write_bytes(damage.change(path.read_bytes()))
-    with pytest.raises(ValueError, match=damage.message):
-        load_images("fashion_mnist", root=tmp_path)
-
-
-WRITE = {
-    "mnist": write_mnist,
-    "fashion_mnist": write_mnist,
-    "cifar10": partial(write_cifar, name="cifar10"),
-    "cifar100": partial(write_cifar, name="cifar100"),
-    "svhn": write_svhn,
-}
 
 
 @pytest.mark.parametrize(
@@ -324,9 +231,12 @@ WRITE = {
         ("svhn", "SVHN", "train_32x32.mat"),
     ],
 )
-def test_missing_files_are_named_with_the_way_to_get_them(
+def test_a_missing_file_is_named_and_fetched_if_that_is_asked_for(
     tmp_path, monkeypatch, name, kind, missing
 ):
+    WRITE[name](tmp_path)
+    (path,) = tmp_path.rglob(missing)
+    path.unlink()
     asked = []
 
     def offline(self):
@@ -334,22 +244,10 @@ def test_missing_files_are_named_with_the_way_to_get_them(
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(getattr(datasets, kind), "download", offline)
-    WRITE[name](tmp_path)
-    (path,) = tmp_path.rglob(missing)
-    path.unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        load_images(name, root=tmp_path)
-    message = str(error.value)
-    assert f"is not complete: {missing} " in message
-    assert str(path.parent) in message
-    assert "--download" in message
-    assert f"from torchvision.datasets import {kind}; {kind}('{tmp_path}', " in message
-    assert ("apt-get install dataset-fashion-mnist" in message) == (name == "fashion_mnist")
-    assert asked == []
-    failed = r"is not complete: .*The download failed \(OSError: Name or service"
-    with pytest.raises(FileNotFoundError, match=failed):
-        load_images(name, root=tmp_path, download=True)
-    assert asked == [tmp_path]
+    for download in (False, True):
+        with pytest.raises(FileNotFoundError, match=missing):
+            load_images(name, root=tmp_path, download=download)
+        assert asked == [tmp_path] * download
 
 
 def test_a_download_brings_the_files(tmp_path, trusted, monkeypatch):
@@ -371,10 +269,5 @@ def test_a_download_brings_the_files(tmp_path, trusted, monkeypatch):
 def test_the_real_fashion_mnist():
     few = load_images("fashion_mnist", root=DEBIAN, train_limit=300, test_limit=60)
     assert checksums(few) == ["dc0305748e096db2", "d08888bce3b0e227", "9cd95831aff8860d"]
-    splits = load_images("fashion_mnist", root=DEBIAN)
-    assert sizes(splits) == [54000, 6000, 10000]
-    found = splits.test.dataset.labels.bincount().tolist()
-    assert found == [1000] * 10
-    message = "holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="fashion_mnist"):
         load_images("mnist", root=DEBIAN)

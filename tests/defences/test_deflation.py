@@ -7,8 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from training.small_run import run, splits
 
-from sj_robust.defences import deflate_
-from sj_robust.neuron import DLIFNode
+from sj_robust.defences import HomeostaticNode, deflate_
 
 
 def largest_by_power_iteration(matrix):
@@ -47,26 +46,38 @@ def test_vectors_and_gradients_that_are_not_there_or_not_finite_stay_as_they_are
 
 
 def net():
-    found = nn.Sequential(layer.Flatten(), layer.Linear(16, 12), DLIFNode(T=3, tau=4.0))
+    found = nn.Sequential(layer.Conv2d(1, 3, 3), HomeostaticNode(3, 4.0), layer.Flatten())
     found.append(layer.Linear(12, 3))
     functional.set_step_mode(found, "m")
+    found[0].weight.data.mul_(3)
     return found
 
 
 def test_a_step_of_the_training_is_one_with_deflated_gradients(tmp_path):
-    """One step of SGD without momentum: the weights move by the gradient, which lacks a rank."""
+    """One step of SGD without momentum: the weights move by the gradient, which lacks a rank; maps
+    of a neuron are no weights.
+    """
     moved = {}
     for deflation in (False, True):
         step = {"epochs": 1, "batch_size": 64, "momentum": 0.0, "weight_decay": 0.0}
         step |= {"dtype": torch.float64, "build": net, "perturb": None, "deflation": deflation}
         torch.manual_seed(7)
         before = net().double().state_dict()
-        _, classifier = run(tmp_path / str(deflation), data=splits(dtype=torch.float64), **step)
+        _, classifier = run(
+            tmp_path / str(deflation),
+            data=splits(dtype=torch.float64),
+            objective={"rho": 0.0},
+            **step,
+        )
         after = classifier.net.state_dict()
-        moved[deflation] = {name: after[name] - before[name] for name in before}
-    for name in ("1.weight", "3.weight"):
+        moved[deflation] = {name: after[name] - before[name] for name in before if name in after}
+        moved[deflation]["1.rate"] = after["1.rate"]
+    for name in ("0.weight", "3.weight"):
         plain = moved[False][name]
         assert plain.abs().max() > 1e-4
-        left = plain - largest_by_power_iteration(plain)
+        left = plain - largest_by_power_iteration(plain.flatten(1)).view_as(plain)
         assert_close(moved[True][name], left, atol=1e-10, rtol=0)
-    assert_close(moved[True]["3.bias"], moved[False]["3.bias"])
+    assert moved[False]["1.rate"].ndim == 3
+    for name in ("1.rate", "3.bias"):
+        assert moved[False][name].any()
+        assert_close(moved[True][name], moved[False][name])

@@ -54,7 +54,7 @@ def test_noise_is_added_as_the_equation_says_and_begins_anew_behind_a_reset(shar
 def test_shared_noise_is_of_one_batch():
     encoder = SmoothingEncoder(0.3, shared=True)
     encoder(torch.rand(1, 1, 4, 4))
-    with pytest.raises(RuntimeError, match=r"call functional.reset_net\(net\) before another"):
+    with pytest.raises(RuntimeError, match="reset_net"):
         encoder(torch.rand(3, 1, 4, 4))
     encoder.reset()
     encoder(torch.rand(3, 1, 4, 4))
@@ -149,7 +149,7 @@ def test_similarity_is_the_sum_over_pairs_of_squared_cosines():
     assert float(temporal_similarity(x_seq[:1])) == 0.0
 
 
-def test_the_penalty_reaches_the_kernels_and_wants_an_orthogonal_encoder():
+def test_the_penalty_reaches_the_kernels():
     classifier = build_classifier(NetworkSpec(encoder="stod", channels=(4, 4)))
     classifier.encoder.skew.data.normal_(std=0.1)
     x = torch.rand(3, 1, 8, 8)
@@ -161,10 +161,6 @@ def test_the_penalty_reaches_the_kernels_and_wants_an_orthogonal_encoder():
     assert_close(value, temporal_similarity(centred))
     value.backward()
     assert classifier.encoder.skew.grad.abs().max() > 0
-    plain = build_classifier(NetworkSpec(channels=(4, 4)))
-    passes = ForwardPasses(plain, y, x, None, plain(x), None)
-    with pytest.raises(TypeError, match="needs an OrthogonalEncoder, got NoneType; use .* stod"):
-        penalty.value(passes)
 
 
 def test_kernels_that_are_not_kept_are_gone_in_evaluation():

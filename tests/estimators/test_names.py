@@ -1,4 +1,4 @@
-"""Names of estimators, and what happens when one is used wrongly."""
+"""Names of estimators, and which neurons they change."""
 
 import pickle
 import re
@@ -52,40 +52,6 @@ def test_defaults_are_part_of_the_name():
     assert estimator("assg").per_sample
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("bptt", "must begin with one of .*'training'.*got 'bptt'"),
-        ("", "must begin with"),
-        ("atan:0", "must be finite and > 0, got 0"),
-        ("atan:-1", "> 0, got -1"),
-        ("hart:nan", "finite"),
-        ("triangle:inf", "finite"),
-        ("atan:wide", "'atan:wide' is not the name of an estimator; write it like one of"),
-        ("atan:1:2", "is not the name"),
-        ("bptr:1", "bptr takes no number, got 1.0; write 'bptr'"),
-        ("assg:cube", "shape of assg must be one of .*got 'cube'"),
-        ("assg:1", r"share of assg must be in \(0, 1\), got 1"),
-        ("rga+detach", "no reset in its backward pass"),
-        ("cba+detach", "no reset"),
-        ("atan:4+attach", "is not the name"),
-    ],
-)
-def test_wrong_names(name, message):
-    with pytest.raises(ValueError, match=message):
-        estimator(name)
-
-
-def test_wrong_types():
-    with pytest.raises(TypeError, match="name must be text such as 'atan:4', got float"):
-        estimator(4.0)
-    with pytest.raises(ValueError, match="only assg takes a shape"):
-        Estimator("atan", 4.0, "triangle")
-    message = r"atan:4 needs a network \(nn.Module\), got function"
-    with pytest.raises(TypeError, match=message), estimator("atan:4")(same):
-        pass
-
-
 def same(x):
     return x
 
@@ -96,13 +62,10 @@ def test_training_changes_nothing_of_anything():
             assert crafting is model
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "training"])
-def test_a_network_without_spikes_is_refused(name):
-    message = "Sequential holds no spiking neuron, so .* use the estimator 'training'"
+def test_a_readout_of_potentials_is_no_spiking_neuron():
     readout = nn.Sequential(nn.Linear(2, 2), NonSpikingBaseNode())
-    for silent in (linear_model(4), readout):
-        with pytest.raises(ValueError, match=message), estimator(name)(silent):
-            pass
+    with pytest.raises(ValueError, match="'training'"), estimator("atan:4")(readout):
+        pass
 
 
 class NonSpikingBaseNode(base.MemoryModule):
@@ -119,10 +82,7 @@ def spiking(step_mode="m", **options):
 
 @pytest.mark.parametrize("name", ["bptr", "rga", "hart", "hart_mixed"])
 def test_time_averages_need_the_sequence_at_once(name):
-    message = r"needs all time steps at once.*'1' \(LIFNode\).*set_step_mode\(net, 'm'\)"
-    with pytest.raises(ValueError, match=message), estimator(name)(spiking("s")):
-        pass
-    message = "all time steps at once, got one; keep step_mode='m'"
+    message = "keep step_mode='m'"
     with estimator(name)(spiking()) as crafting:
         crafting[1].step_mode = "s"
         with pytest.raises(RuntimeError, match=message):
@@ -268,14 +228,6 @@ def test_widths_are_in_units_of_the_threshold():
     with estimator("atan:3")(net):
         assert low.surrogate_function.alpha == 3.0
         assert high.surrogate_function.alpha == 3.0
-    net = nn.Sequential(nn.Linear(1, 1), DLIFNode(T=2, v_threshold=-1.0))
-    message = "threshold, which must be > 0, got -1.0 in neuron '1'.*'atan:4'"
-    with pytest.raises(ValueError, match=message), estimator("triangle:1")(net):
-        pass
-    net = nn.Sequential(DLIFNode(T=2, v_reset=1.5))
-    message = r"rga needs thresholds above the reset potential, got 1.0 and 1.5 in '0'"
-    with pytest.raises(ValueError, match=message), estimator("rga")(net):
-        pass
 
 
 def test_a_neuron_by_itself_and_one_used_twice():

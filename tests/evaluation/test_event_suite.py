@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from attacks.moving_bars import frames
-from evaluation.short_suite import shortened
+from evaluation.short_suite import short_suite, shortened
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, count_flips, flip_events, random_flips
@@ -27,10 +27,18 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("progress")
 
 
+def few(suite):
+    """The first attack, those at random and the last one; one of the control."""
+    short = short_suite(suite)
+    random = [one for one in short.members if one.attack.func is random_flips]
+    members = (short.members[0], *random, short.members[-1])
+    return replace(short, members=members, control=short.control[:1])
+
+
 @pytest.fixture(scope="module")
 def report(bars, folder) -> Report:
     """A whole evaluation, with few candidates and short searches."""
-    with shortened():
+    with shortened(few):
         return evaluated(bars, folder=folder)
 
 
@@ -195,7 +203,7 @@ class TestReport:
         assert float(further[fooled].mean()) > 0
 
     def test_what_is_done_is_not_done_again(self, bars, report, folder):
-        with shortened():
+        with shortened(few):
             again = evaluated(bars, folder=folder)
         assert (
             replace(again, environment=report.environment) == report

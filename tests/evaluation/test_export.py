@@ -3,8 +3,6 @@
 import csv
 import io
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -156,22 +154,6 @@ def read_back(text):
     return re.sub(pattern, letter, text)
 
 
-COMPILER = shutil.which("tectonic") or shutil.which("pdflatex")
-
-
-@pytest.mark.skipif(COMPILER is None, reason="needs pdflatex or tectonic")
-def test_latex_compiles(one, tmp_path):
-    table = one.to_latex()
-    head = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
-    (tmp_path / "paper.tex").write_text(f"{head}\n{table}\n\\end{{document}}\n")
-    command = [COMPILER, "paper.tex"]
-    if "pdflatex" in COMPILER:
-        command.insert(1, "-halt-on-error")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert (tmp_path / "paper.pdf").is_file()
-
-
 @pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas, of the extra test")
 def test_a_data_frame_holds_the_same(one):
     frame = one.to_dataframe()
@@ -189,6 +171,9 @@ def test_a_proof_is_exported_with_its_radius():
     proved = report(verified=(4, 7))
     (row,) = [row for row in export.exported(proved) if row.kind == "verified"]
     assert (row.eps, row.correct) == ("0.1", len(proof((4, 7)).stood))
+    curve = (*over_eps(), replace(proof((4, 7), eps=0.05), variant="over eps"))
+    rows = [row for row in export.exported(report(curve=curve)) if row.kind == "verified"]
+    assert [(row.variant, row.eps, row.correct) for row in rows] == [("over eps", "0.05", 2)]
 
 
 def test_what_has_no_threat_is_exported_without_one():

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from sj_robust.evaluation import Report
-from sj_robust.evaluation.report import hub
+from sj_robust.evaluation.report import export
 
 PROVED = report(verified=(4, 7))
 NETWORK = nn.Linear(2, 3)
@@ -140,7 +140,7 @@ def test_wrong_use_and_a_missing_package_are_told(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="htt?p:/") as caught:  # the client's own
         PROVED.push_to_hub("someone/net", endpoint="htp:/nowhere")
     assert not isinstance(caught.value, ConnectionError)
-    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     for use in (PROVED.model_card, lambda: PROVED.push_to_hub("someone/net")):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'sj_robust\[hub\]'"):
             use()

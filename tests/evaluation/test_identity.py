@@ -5,8 +5,6 @@ import functools
 import itertools
 import logging
 import os
-import pickle
-import random
 import subprocess
 import sys
 import tempfile
@@ -636,42 +634,3 @@ def run_forms(folder):
     }
     for name, net in forms.items():
         print(run(net, folder / name))
-
-
-class StopError(Exception):
-    pass
-
-
-def stopping(step):
-    """A watcher that ends a run after so many steps."""
-
-    def watch(position):
-        if position.done == step:
-            raise StopError
-
-    return watch
-
-
-@pytest.mark.slow
-def test_many_kills_and_resumes_without_a_refusal(tmp_path):
-    draw = random.Random(0)
-    worn = used(suite_run.classifier())
-    forms = [
-        suite_run.classifier,
-        lambda: worn,
-        lambda: deepcopy(worn).train(),
-        lambda: pickle.loads(pickle.dumps(suite_run.classifier())),
-    ]
-    suite = suite_run.members()[1:4]
-    steps = 4 * (len(suite) + 1)
-    wanted = suite_run.without_times(suite_run.outcome_of(suite=suite))
-    for number in range(8):
-        folder = tmp_path / str(number)
-        first, second = sorted(draw.sample(range(1, steps), 2))
-        for stop in (first, second):
-            with pytest.raises(StopError):
-                suite_run.outcome_of(
-                    folder, net=draw.choice(forms)(), suite=suite, on_step=stopping(stop)
-                )
-        outcome = suite_run.outcome_of(folder, net=draw.choice(forms)(), suite=suite)
-        assert suite_run.without_times(outcome) == wanted

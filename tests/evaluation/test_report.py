@@ -19,7 +19,6 @@ from evaluation.reports import (
 from rich.console import Console
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.core.environment import environment
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report.terminal import Display
@@ -429,8 +428,3 @@ def test_progress_without_a_terminal_is_plain(monkeypatch):
     with Display(bar) as display:
         display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))
     assert "1 min 23 s left" in bar.file.getvalue()
-
-
-def test_environment_names_what_a_result_depends_on():
-    names = {"python", "torch", "sj_robust", "accelerate", "device", "commit", "threads"}
-    assert names <= environment().keys()

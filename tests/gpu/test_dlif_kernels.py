@@ -1,14 +1,8 @@
-"""The kernels for CUDA on a real GPU, through the public operator; compared with the oracle of the
-other backends.
-"""
+"""The kernels for CUDA on a real GPU, on the table of calls of the other backends."""
 
-import numpy as np
 import pytest
 import torch
-from covering import every_pair
-from ops.calls import by_hand, check_slopes, random_call, run
-from ops.triton import cases
-from oracle import away_from_threshold
+from ops.calls import LARGE, TABLE, check, of_every_number, results
 from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
@@ -17,22 +11,11 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 from sj_robust.ops.dlif.operator import choose_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
-CHOICES = {
-    "v_reset": [0.0, None, -0.25],
-    "detach_reset": [False, True],
-    "surrogate": [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)],
-    # odd, long, many blocks
-    "shape": [
-        (1, 5),
-        (4, 1 << 16),
-        (8, 3, 7, 5),
-        (16, 1030),
-        (32, 64, 3),
-        (33, 130),
-        (70, 17),
-    ],
-    "dtype": [torch.float32, torch.float16, torch.bfloat16],
-}
+
+
+@pytest.fixture(params=["cupy", "triton"])
+def backend(request):
+    return needs(request.param)
 
 
 def needs(name):
@@ -43,72 +26,18 @@ def needs(name):
     return name
 
 
-@pytest.fixture(params=["cupy", "triton"])
-def backend(request):
-    return needs(request.param)
+CASES = [*TABLE, *(case for case in LARGE if case.stage is None and case.dtype != torch.float64)]
 
 
-@pytest.mark.parametrize(tuple(CHOICES), every_pair(CHOICES))
-def test_equals_bptt_by_hand(v_reset, detach_reset, surrogate, shape, dtype):
-    needs("cupy")
-    kind, alpha = surrogate
-    inputs, grads = random_call(shape, dtype)
-    constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
-    constants |= {"kind": kind, "alpha": alpha}
-    expected = by_hand(inputs, grads, **constants)
-    outputs, gradients = run("cupy", on_the_gpu(inputs), on_the_gpu(grads), **constants)
-    spikes, v, potentials, grad_x, grad_gain, grad_v_init = (
-        a.float().cpu().numpy() for a in (*outputs, *gradients)
-    )
-    clear = away_from_threshold(expected.h, 0.8, 1e-4)
-    assert clear.mean() > 0.99
-    np.testing.assert_array_equal(spikes[clear], expected.spikes[clear])
-    whole = clear[-1]  # neurons that never came near the threshold
-    rtol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    np.testing.assert_allclose(v[whole], expected.potentials[-1][whole], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        potentials[:, whole], expected.potentials[:, whole], rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(grad_x[:, whole], expected.grad_x[:, whole], rtol=rtol, atol=1e-5)
-    np.testing.assert_allclose(
-        grad_v_init[whole], expected.grad_v_init[whole], rtol=1e-5, atol=1e-5
-    )
-    if whole.all():
-        scale = np.sqrt(v.size)
-        np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference_and_repeats(backend, case):
+    check(case, backend, device="cuda")
+    first, second = (results(backend, case, device="cuda").listed() for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 def test_slopes_by_formula(backend):
-    check_slopes(backend, device="cuda")
-
-
-@pytest.mark.parametrize("case", cases.cases(), ids=str)
-def test_triton_equals_the_reference(case):
-    """The calls of the interpreter's tests: few, since Triton takes seconds to compile each."""
-    needs("triton")
-    inputs, grads = random_call((case.steps, case.neurons), case.dtype, seed=case.steps)
-    cases.check(case, on_the_gpu(inputs), on_the_gpu(grads))
-
-
-def on_the_gpu(tensors):
-    return [tensor.cuda() for tensor in tensors]
-
-
-def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat(backend):
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(8, 1 << 18, device="cuda", generator=generator)
-    gain = torch.rand(8, device="cuda", generator=generator).add_(0.5).requires_grad_()
-    results = []
-    for name in (backend, backend, "reference"):
-        gain.grad = None
-        spikes, v, _ = dlif_multi_step(x, gain, decay=0.99, backend=name)
-        (spikes.sum() + v.sum()).backward()
-        results.append((spikes.detach(), v.detach(), gain.grad))
-    for a, b in zip(results[0], results[1], strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(results[0][0], results[2][0])
-    assert torch.equal(results[0][1], results[2][1])
-    assert_close(results[0][2], results[2][2], rtol=1e-4, atol=1e-2)
+    of_every_number(backend, device="cuda")
 
 
 def test_auto_chooses_the_first_that_works():
@@ -167,9 +96,7 @@ def test_surrogates_of_spikingjelly_with_a_cuda_text():
         grads = []
         for name in ("cupy", "reference"):
             leaf = x.clone().requires_grad_()
-            surrogate = Surrogate("custom", function=cls())
-            dlif_multi_step(leaf, gain, decay=0.9, surrogate=surrogate, backend=name)[
-                0
-            ].sum().backward()
-            grads.append(leaf.grad)
+            own = Surrogate("custom", function=cls())
+            spikes, _, _ = dlif_multi_step(leaf, gain, decay=0.9, surrogate=own, backend=name)
+            grads += torch.autograd.grad(spikes.sum(), leaf)
         assert_close(*grads, rtol=1e-3, atol=1e-4)

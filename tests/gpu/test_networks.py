@@ -1,17 +1,11 @@
-"""Neurons in the hands of torch: mixed precision, compiler, CUDA graphs, odd memory, huge tensors,
-two processes.
+"""Neurons in the hands of torch: mixed precision, compiler, CUDA graphs, huge tensors.
 
 What needs no GPU is tried on the CPU as well, so that an error of the test itself is found there.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import ENVIRONMENT
-from ops.calls import laid_out
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.testing import assert_close
@@ -46,28 +40,14 @@ def currents(device, shape=(T, 3, 8, 6, 6), dtype=torch.float32):
     return (torch.randint(-4, 9, shape, generator=generator) / 4).to(device, dtype)
 
 
-def trained(node, x_seq, call=None):
-    """Spikes, and the gradients of the currents and the gain."""
-    functional.reset_net(node)
+def trained(net, x_seq, call=None):
+    """Spikes, and the gradients of the currents and all parameters."""
+    functional.reset_net(net)
     x_seq = x_seq.detach().requires_grad_()
-    spikes = (call or node)(x_seq)
+    spikes = (call or net)(x_seq)
     weights = torch.linspace(-1, 1, spikes.numel(), device=spikes.device).view(spikes.shape)
-    return spikes.detach(), *torch.autograd.grad(
-        (spikes * weights).sum(), [x_seq, *node.parameters()]
-    )
-
-
-def node_on(place, backend=None, **kwargs):
-    device, own = place
-    node = DLIFNode(T, tau=2.0, backend=backend or own, **kwargs).to(device)
-    with torch.no_grad():
-        node.input_gain.copy_(torch.tensor([1.0, 0.5, 2.0, 0.75]))
-    return node
-
-
-def assert_same(given, wanted):
-    assert torch.equal(given[0], wanted[0])
-    assert_close(given[1:], wanted[1:], rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(spikes, [x_seq, *net.parameters()], weights)
+    return spikes.detach(), *gradients
 
 
 def network(place, fused):
@@ -119,39 +99,6 @@ def test_autocast_with_a_scaler_trains_as_float32_does(place, fused):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_channels_last_and_offset_currents(place, dtype):
-    device, _ = place
-    x = currents(device, dtype=dtype)
-    wanted = trained(node_on(place), x)
-    offset = torch.cat([x.new_zeros(3), x.flatten()])[3:].view(
-        x.shape
-    )  # no vector load may begin there
-    swapped = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert offset.storage_offset() == 3
-    for stored in (laid_out(x, True), offset, swapped, torch.stack([x, x], -1)[..., 0]):
-        assert torch.equal(stored, x)
-        assert_same(
-            [a.float() for a in trained(node_on(place), stored)], [a.float() for a in wanted]
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_compiled_is_what_it_is_uncompiled(place, fullgraph):
-    device, _ = place
-    node = node_on(place)
-    backend = (
-        "inductor" if device == "cuda" else "aot_eager"
-    )  # which needs no compiler and takes a second
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda x_seq: node(2 * x_seq) / 2, fullgraph=fullgraph, backend=backend
-    )
-    x = currents(device)
-    assert_same(trained(node, x, compiled), trained(node, x, lambda x_seq: node(2 * x_seq) / 2))
-
-
 @pytest.mark.slow
 def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
     device, _ = place
@@ -168,8 +115,9 @@ def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
 
 @pytest.mark.parametrize(("device", "backend"), CUDA)
 def test_a_cuda_graph_replays_forward_and_backward(device, backend):
-    place = usable(device, backend)
-    node = node_on(place)
+    usable(device, backend)
+    node = DLIFNode(T, tau=2.0, backend=backend).to(device)
+    nn.init.uniform_(node.input_gain, 0.5, 2.0)
     x = currents(device)
     static = x.clone().requires_grad_()
     weights = torch.linspace(-1, 1, x.numel(), device=device).view(x.shape)
@@ -192,7 +140,8 @@ def test_a_cuda_graph_replays_forward_and_backward(device, backend):
         with torch.no_grad():
             static.copy_(x * scale)
         graph.replay()
-        assert_same([a.clone() for a in outputs], trained(node, x * scale))
+        for given, wanted in zip(outputs, trained(node, x * scale), strict=True):
+            assert_close(given, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,21 +150,11 @@ def test_a_cuda_graph_replays_forward_and_backward(device, backend):
 @pytest.mark.parametrize(("device", "backend"), CUDA)
 def test_more_elements_than_an_int32_counts(device, backend, shape):
     usable(device, backend)
-    wanted_gb = 45
     torch.cuda.empty_cache()
     free_gb = torch.cuda.mem_get_info()[0] / 1e9
-    if free_gb < wanted_gb:
-        pytest.skip(f"needs {wanted_gb} GB of free GPU memory, has {free_gb:.0f}")
-    check_few_spikes_among_many(device, backend, shape)
-
-
-@pytest.mark.parametrize(("device", "backend"), [("cpu", "cpp"), *CUDA])
-def test_few_elements_by_the_same_check(device, backend):
-    check_few_spikes_among_many(*usable(device, backend), (2, 1 << 10))
-
-
-def check_few_spikes_among_many(device, backend, shape):
-    """Spikes, state and gradients where the few currents are, and zero everywhere else."""
+    if free_gb < 45:
+        pytest.skip(f"needs 45 GB of free GPU memory, has {free_gb:.0f}")
+    # spikes, state and gradients where the few currents are, and zero everywhere else
     steps, neurons = shape
     places = torch.tensor(
         [0, 1, neurons // 2 - 1, neurons // 2, neurons - 8, neurons - 1], device=device
@@ -238,37 +177,3 @@ def check_few_spikes_among_many(device, backend, shape):
         assert int(whole.count_nonzero()) == int(part.count_nonzero())
     assert int(few_spikes.sum()) == few.numel()
     assert_close(grad_gain, few_gain)
-
-
-PROCESS = """
-import sys, torch
-from sj_robust.ops import dlif_multi_step
-device, backend = sys.argv[1:]
-x = torch.linspace(-1, 3, 4 << 12, device=device).view(4, -1)
-print(device, flush=True)
-sys.stdin.readline()  # both are ready
-results = []
-for _ in range(50):
-    gain = torch.ones(4, device=device, requires_grad=True)
-    spikes, v, _ = dlif_multi_step(x, gain, decay=0.5, backend=backend)
-    (spikes.sum() + v.sum()).backward()
-    results.append((spikes.detach(), v.detach(), gain.grad))
-assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
-print(float(results[0][0].sum()))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_on_one_device(place):
-    command = [sys.executable, "-c", PROCESS, *place]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    both = [subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline().strip() == place[0], process.stderr.read()
-    for process in both:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert float(outputs[0][0]) > 0

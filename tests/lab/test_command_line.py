@@ -1,6 +1,5 @@
 """Options declared once, words of a command line, options of resumed runs, exit codes."""
 
-import logging
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -250,26 +249,3 @@ def test_exit_codes(run_failing, error, code, text, capsys):
     assert text in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):  # a fault of its own
         run_failing(ZeroDivisionError())
-
-
-def test_what_torch_says_of_triton_is_dropped_and_nothing_else(run_failing, monkeypatch):
-    """SpikingJelly 2.x's first LIF layer brings it about where there is no Triton; test_terminal
-    runs one.
-    """
-    logger = logging.getLogger("torch._library.triton")
-    heard = []
-    handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
-    monkeypatch.setattr(logger, "filters", [])
-    monkeypatch.setattr(logger, "propagate", False)
-    logger.addHandler(handler)
-    try:
-        logger.warning("Triton not available, find_triton_kernels = []")
-        assert len(heard) == 1  # by itself the message is told
-        run_failing()
-        logger.warning("Triton not available, find_triton_kernels = []")
-        logger.warning("reached max recursion depth (%s)", 5)
-        logger.error("Triton is broken")
-    finally:
-        logger.removeHandler(handler)
-    assert heard[1:] == ["reached max recursion depth (5)", "Triton is broken"]

@@ -70,9 +70,9 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
     rows = [line for line in text.splitlines() if re.match(r"\| (dlif_at|&lt;lif)", line)]
     bars = ["▒" * 6 + "·" * 14, "█" * 2 + "▒" * 4 + "·" * 14, "▒" * 4 + "·" * 16]
     assert rows == [
-        f"| dlif_at<br>`{bars[0]}` | 80.0 |  | 30.0<br>10.8–60.3 | fast |",
-        f"| dlif_at<br>`{bars[1]}` | 80.0 | 10.0 | 30.0<br>10.8–60.3 | fast |",
-        f"| &lt;lif\\|none&gt;<br>`{bars[2]}` | 80.0 |  | 20.0<br>5.7–51.0 | fast |",
+        f"| dlif_at<br>`{bars[0]}` | 80.0 |  | 30.0<br>10.8–60.3 | fast * |",
+        f"| dlif_at<br>`{bars[1]}` | 80.0 | 10.0 | 30.0<br>10.8–60.3 | fast * |",
+        f"| &lt;lif\\|none&gt;<br>`{bars[2]}` | 80.0 |  | 20.0<br>5.7–51.0 | fast * |",
     ]
     command = "python recipes/evaluate.py 'runs/a b' --eps 8/255 --no-proofs --mean 0.5"
     with (folder / "one" / "reports.csv").open(newline="") as file:
@@ -141,7 +141,7 @@ def test_reports_that_contradict_each_other_prove_nothing(folder, capsys):
     (entry,) = groups_of(read_reports(["runs/a"], {}))[0].entries
     assert entry.disputed
     assert entry.proved is None
-    assert entry.cells()[-1] == "fast, standard ?"
+    assert entry.cells()[-1] == "fast, standard ? *"
     make_leaderboard(["runs"], folder / "board", USUAL)
     said = "a report proves an image that another breaks, so one of them is wrong; evaluate"
     assert said in capsys.readouterr().out

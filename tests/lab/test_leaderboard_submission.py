@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation.reports import member, proof, report
+from evaluation.short_suite import short_suite, shortened
 from lab.evaluating import read_once
-from lab.leaderboard.again import compared, evaluated_again, shuffled
-from lab.leaderboard.check import checklist, refusing
-from lab.leaderboard.submission import check_report, take
+from lab.leaderboard import submission
+from lab.leaderboard.submission import (
+    check_report,
+    checklist,
+    compared,
+    evaluated_again,
+    refusing,
+    shuffled,
+    take,
+)
 from lab.leaderboard.tables import make_leaderboard
 from spikingjelly.activation_based import neuron
 from torch import nn
@@ -21,9 +29,11 @@ from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.environment import environment
 from sj_robust.data import image_loader, load_images
 from sj_robust.defences import SmoothingEncoder
-from sj_robust.evaluation import Report
+from sj_robust.evaluation import EstimatorSearch, Report, make_suite
+from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
+from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import pretrained
 from sj_robust.models.shipped import pretrained_file
@@ -35,6 +45,25 @@ SHIPPED = Path(__file__).parents[2] / "docs" / "results" / "leaderboard" / "dlif
 def marks(checks):
     """By the first word of each check whether it passed."""
     return {check.text.partition(":")[0]: check.passed for check in checks}
+
+
+def short(suite):
+    """A suite of few steps before its search, and of two estimators to choose among."""
+    few = EstimatorSearch(candidates=("atan:2",), images=8, steps=5, count=2, final_steps=6)
+    shorter = short_suite(suite)
+    return replace(shorter, members=(*shorter.members[:-1], suite.members[-1]), search=few)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_suites():
+    """Reports are made and checked with few steps."""
+    with shortened(short), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            submission, "make_suite", lambda *given, **more: short(make_suite(*given, **more))
+        )
+        for place in (submission, whole):
+            patch.setattr(place, "DIAGNOSED", 12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +97,8 @@ def test_a_report_of_a_shipped_network_is_attacked_again_and_taken(saved, tmp_pa
     assert check_report(given) == checks
     path = take(given, checks, tmp_path / "board")
     assert path.name == "digits-dlif-at-Linf-0.1-fast.json"
+    make_leaderboard([str(tmp_path / "board")], tmp_path / "board", {})
+    assert " | fast |" in (tmp_path / "board" / "leaderboard.md").read_text()  # without a star
     assert path.read_bytes() == given.read_bytes()
     assert take(given, checks, tmp_path / "board") == path
     path.write_text("{}")
@@ -95,19 +126,6 @@ def test_another_network_than_the_reports_is_found(tmp_path):
     assert pretrained("digits/lif").T > 0
 
 
-def test_the_network_of_the_package_is_taken_and_no_folder_of_its_name(
-    saved, quick, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").mkdir()
-    other = pretrained_file("digits/lif").read_bytes()
-    (tmp_path / "digits" / "dlif-at").write_bytes(other)
-    assert quick.configuration["checkpoint"] == "digits/dlif-at"
-    found = marks(check_report(saved(quick)))
-    assert found["clean predictions"] is True
-    assert found["attack again"] is True
-
-
 def test_a_network_at_another_number_of_time_steps_is_the_reports(saved):
     shipped = from_checkpoint(pretrained_file("digits/lif"), T=2)
     images = load_images("digits", test_limit=50).test
@@ -132,94 +150,198 @@ def test_a_network_that_is_named_wrongly_is_a_failed_check(saved, change, said):
     assert said in last.text
 
 
-@pytest.mark.parametrize(
-    ("change", "point"),
-    [
-        (lambda one: replace(one, data="0" * 16), "images"),
-        (lambda one: replace(one, suite="stress"), "suite"),
-        (lambda one: replace(one, rows=(*one.rows[:1], beyond(one.rows[1]))), "budget"),
-        (lambda one: replace(one, network={}), "fingerprint of the network is in the report"),
-        (lambda one: replace(one, rows=one.rows[:1]), "attacks"),
-        (lambda one: replace(one, rows=[at_another_radius(row) for row in one.rows]), "attacks"),
-        (lambda one: replace(one, name=5), "schema"),
-        (lambda one: replace(one, name="\n"), "schema"),
-        (lambda one: replace(one, environment=["x"]), "schema"),
-        (lambda one: replace(one, draws=0), "schema"),
-        (lambda one: replace(one, data=5), "schema"),
-        (lambda one: replace(one, network=one.network | {"layers": [1]}), "schema"),
-        (lambda one: replace(one, rows=[replace(row, seconds=-1) for row in one.rows]), "schema"),
-    ],
+# What becomes of a report: each takes one and returns another.
+
+
+def rows(change):
+    """Every row of the main variant changed."""
+
+    def changed(one):
+        found = [change(row) if row.variant == one.main else row for row in one.rows]
+        return replace(one, rows=found)
+
+    return changed
+
+
+def attacks(change):
+    return rows(lambda row: change(row) if row.attacks else row)
+
+
+def together(*changes):
+    def changed(one):
+        for change in changes:
+            one = change(one)
+        return one
+
+    return changed
+
+
+def fields(**values):
+    return lambda one: replace(one, **values)
+
+
+def standing(count, *, last):
+    """Images that were broken are said to stand."""
+
+    def changed(one):
+        broken = [number for row in one.attacks for number in row.fell]
+        images = set(broken[-count:] if last else broken[:count])
+        later = set()
+
+        def without(row):
+            kept = [place for place, number in enumerate(row.fell) if number not in images]
+            digests = "".join(row.digests[8 * place : 8 * place + 8] for place in kept)
+            seen = sorted(later.union(row.seen))
+            later.update(images.intersection(row.fell))
+            fell = [row.fell[place] for place in kept]
+            return replace(row, seen=seen, fell=fell, outside=(), digests=digests)
+
+        return attacks(without)(one)
+
+    return changed
+
+
+def wrong(count):
+    """Images that stand are said to be misclassified."""
+
+    def changed(one):
+        images = set(sorted(one.standing("everything"))[:count])
+
+        def without(row):
+            if row.kind == "clean":
+                return replace(row, fell=sorted(images.union(row.fell)))
+            return replace(row, seen=sorted(set(row.seen) - images))
+
+        return rows(without)(one)
+
+    return changed
+
+
+def all_proved(one):
+    """Every image that is classified correctly is said to be proved, so that none was attacked."""
+    clean, *others = one.of(one.main)
+    kept = [replace(row, seen=(), fell=(), digests="", largest=0.0) for row in others]
+    proof = Row("verify", "proof", clean.seen, clean.fell, threat=one.threat)
+    return replace(one, rows=(clean, *kept, proof))
+
+
+def unsure(one):
+    """A proof that may be wrong covers what attacks break."""
+    seen = one.rows[0].seen
+    return replace(
+        one, rows=(*one.rows, Row("verify", "proof", seen, (), threat=one.threat, alpha=0.001))
+    )
+
+
+def renamed(one):
+    layers = [row | {"layer": f"net.{place}"} for place, row in enumerate(one.network["layers"])]
+    return replace(one, network=one.network | {"layers": layers})
+
+
+SPOILT = attacks(lambda row: replace(row, digests="f" * len(row.digests)))
+UNSAID = attacks(lambda row: replace(row, digests=""))
+ONE_SPOILT = attacks(
+    lambda row: replace(row, digests="ffff" + row.digests[4:] if row.digests else "")
 )
-def test_what_contradicts_is_refused(saved, tmp_path, change, point):
-    path = saved(change(Report.load(SHIPPED)))
-    checks = check_report(path)
-    assert point in [check.text.partition(":")[0] for check in refusing(checks)]
+ELSEWHERE = attacks(lambda row: replace(row, threat=ThreatModel("Linf", 1e-9)))
+BEYOND = attacks(lambda row: replace(row, largest=2 * row.largest))
+NEGATIVE = rows(lambda row: replace(row, seconds=-1))
+
+CHANGES = {
+    "nothing": (fields(), None),
+    "names of modules, as in another release": (renamed, None),
+    "the name": (fields(name="another", warnings=("free text",)), None),
+    "a digest, as where torch rounds in another way": (ONE_SPOILT, None),
+    "one clean prediction": (wrong(1), None),
+    "three clean predictions": (wrong(3), "clean predictions"),
+    "three clean predictions and draws": (together(wrong(3), fields(draws=5)), "clean predictions"),
+    "images": (fields(data="0" * 16), "images"),
+    "suite": (fields(suite="stress"), "suite"),
+    "sizes of changes": (BEYOND, "budget"),
+    "no network": (fields(network={}), "fingerprint of the network is in the report"),
+    "no attack": (lambda one: replace(one, rows=one.rows[:1]), "attacks"),
+    "another radius": (ELSEWHERE, "attacks"),
+    "a name that is none": (fields(name=5), "schema"),
+    "an empty name": (fields(name="\n"), "schema"),
+    "environment": (fields(environment=["x"]), "schema"),
+    "no draws": (fields(draws=0), "schema"),
+    "true draws": (fields(draws=True), "schema"),
+    "images by number": (fields(data=5), "schema"),
+    "layers": (fields(network={"layers": [1]}), "schema"),
+    "seconds": (NEGATIVE, "schema"),
+    "a proof that may err": (unsure, "schema"),
+    "all proved": (all_proved, "proofs again"),
+    "first broken images": (standing(4, last=False), "attack again"),
+    "last broken images": (standing(4, last=True), "attack again"),
+    "all digests": (SPOILT, "attack again"),
+    "no digests": (UNSAID, "digests of adversarial images are in the report"),
+    "last broken images, all digests": (together(standing(4, last=True), SPOILT), "attack again"),
+    "last broken images, a digest of each attack": (
+        together(standing(4, last=True), ONE_SPOILT),
+        "attack again",
+    ),
+    "last broken images, all digests, draws": (
+        together(standing(4, last=True), SPOILT, fields(draws=10)),
+        "members",
+    ),
+    "no search": (
+        lambda one: replace(one, rows=[row for row in one.rows if "spike" not in row.member]),
+        "members",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_forgeries_are_refused_and_honest_reports_are_not(saved, tmp_path, quick, what):
+    change, point = CHANGES[what]
+    path = saved(change(quick))
+    checks = check_report(path, secret=b"of a test")
+    refusals = [check.text.partition(":")[0] for check in refusing(checks)]
+    if point is None:
+        assert refusals == [], checklist(checks)
+        assert take(path, checks, tmp_path / "board").is_file()
+        return
+    assert point in refusals, checklist(checks)
     assert "- [ ] " in checklist(checks)
     with pytest.raises(ValueError, match="is refused: "):
         take(path, checks, tmp_path / "board")
     assert not (tmp_path / "board").exists()
 
 
-def beyond(row):
-    """The row of an attack that left its ball without saying so."""
-    return replace(row, largest=2 * row.largest)
+class Coarse(nn.Module):
+    """A network whose gradient is masked by rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = pretrained("digits/lif")
+        self.net(torch.rand(2, 1, 8, 8))  # how it is called is found once, not in every copy
+
+    def forward(self, x):
+        return self.net((4 * x).round() / 4)
 
 
-def at_another_radius(row):
-    if row.attacks and not row.variant:
-        return replace(row, threat=ThreatModel("Linf", 1e-9))
-    return row
+def test_a_masked_network_needs_the_attacks_on_its_plain_copy(saved):
+    subject = Subject("mine", Coarse().eval(), "rounded")
+    data = read_once(load_images("digits", test_limit=16).test, 16)
+    threat = ThreatModel("Linf", 0.2)
+    asked = Request("fast", threat, "digits", 10, proofs=False, control=False, radii=(0.1,))
+    honest = assess(subject, data, asked)
+    without = replace(honest, rows=[row for row in honest.rows if "plain" not in row.member])
+    idle = attacks(lambda row: replace(row, fell=(), digests="") if "plain" in row.member else row)
+    for one, points in (
+        (honest, []),
+        (without, ["members"]),
+        (replace(without, findings=()), ["masking"]),
+        (idle(honest), ["attack again"]),
+    ):
+        checks = check_report(saved(one), subject, secret=b"of a test")
+        assert [check.text.partition(":")[0] for check in refusing(checks)] == points
 
 
-def test_a_proof_of_what_falls_is_refused(saved):
-    shipped = Report.load(SHIPPED)
-    clean, *rows = shipped.of(shipped.main)
-    untried = {"seen": (), "fell": (), "outside": (), "largest": 0.0}
-    rows = [replace(row, **untried) if row.attacks else row for row in rows]
-    (all_proved,) = (row for row in rows if row.kind == "proof")
-    rows[rows.index(all_proved)] = replace(all_proved, fell=clean.fell)
-    rows.insert(0, clean)
-    checks = check_report(saved(replace(shipped, rows=rows)))
-    found = marks(checks)
-    assert found["attacks"] is True
-    assert found["bracket"] is True
-    assert found["attack again"] is False
-    assert "of them proved" in checklist(checks)
-    assert found["proofs again"] is False
-
-
-def forged(honest, images, digests=True):
-    """The report with rows by which attacks have not broken some images."""
-    rows = []
-    later = set()
-    for row in honest.rows:
-        if row.attacks:
-            fell = [number for number in row.fell if number not in images]
-            kept = [place for place, number in enumerate(row.fell) if number in fell]
-            parts = [row.digests[8 * place : 8 * place + 8] for place in kept]
-            seen = sorted(later.union(row.seen))
-            later |= images.intersection(row.fell)
-            told = "".join(parts) if digests else ""
-            row = replace(row, seen=seen, fell=fell, outside=(), digests=told)
-        rows.append(row)
-    return replace(honest, rows=rows)
-
-
-@pytest.mark.parametrize(("last", "digests"), [(True, True), (False, True), (False, False)])
-def test_images_that_are_said_to_stand_are_attacked_again(saved, quick, last, digests):
-    """Five points more than were found, whichever attack broke the images."""
-    broken = [number for row in quick.attacks for number in row.fell]
-    images = set(broken[-4:] if last else broken[:4])
-    one = forged(quick, images, digests)
-    assert one.everything.correct == quick.everything.correct + 4
-    checks = check_report(saved(one), secret=b"of a test")
-    assert [check.text.partition(":")[0] for check in refusing(checks)] == ["attack again"]
-
-
-def test_an_attack_of_the_suite_that_is_missing_is_named(saved, quick):
-    few = replace(quick, rows=[row for row in quick.rows if "spike_search" not in row.member])
-    (check,) = refusing(check_report(saved(few)))
-    assert "missing: spike_search/training/r0" in check.text
+def test_a_report_that_is_no_whole_one_makes_no_leaderboard(saved, tmp_path, quick):
+    saved(unsure(quick))
+    with pytest.raises(ValueError, match=r"report.json: alpha of verify must be 0"):
+        make_leaderboard([str(tmp_path)], tmp_path / "board", {})
 
 
 def test_which_images_are_attacked_again_follows_from_outcomes_and_the_secret(quick):
@@ -229,26 +351,12 @@ def test_which_images_are_attacked_again_follows_from_outcomes_and_the_secret(qu
         shuffled(range(64), replace(quick, name="another", warnings=("free text",)), b"1") == order
     )
     assert shuffled(range(64), quick, b"2") != order
-    assert shuffled(range(64), forged(quick, {quick.attacks[0].fell[0]}), b"1") != order
-
-
-def test_no_proof_of_a_suite_may_err(saved, tmp_path):
-    """A proof that may be wrong could cover what the attacks of its report break."""
-    shipped = Report.load(SHIPPED)
-    broken = shipped.standing("clean") - shipped.standing("everything")
-    (all_proved,) = (row for row in shipped.of(shipped.main) if row.kind == "proof")
-    left = sorted(set(all_proved.seen) - broken)
-    rows = [row for row in shipped.rows if row is not all_proved]
-    forged = replace(shipped, rows=(*rows, replace(all_proved, fell=left, alpha=0.001)))
-    (check,) = check_report(saved(forged))
-    assert "alpha of verify must be 0, as the proofs of a suite never err, got 0.001" in check.text
-    with pytest.raises(ValueError, match=r"report.json: alpha of verify must be 0"):
-        make_leaderboard([str(tmp_path)], tmp_path / "board", {})
+    assert shuffled(range(64), standing(1, last=False)(quick), b"1") != order
 
 
 def test_what_was_not_measured_is_no_good_sign(saved, quick):
-    path = saved(replace(quick, firing=(), findings=()))
-    found = marks(check_report(path))
+    path = saved(replace(quick, firing=(), findings=(), dataset="cifar10"))
+    found = marks(check_report(path, data_root="nowhere"))
     assert found["network alive"] is None
     assert found["signs of gradient masking"] is None
 
@@ -293,28 +401,6 @@ def test_event_frames_and_their_network_are_checked(saved):
     assert without["images"] is None
     other = check_report(path, from_checkpoint(Path("digits/lif")))
     assert "it does not take the images of the report" in checklist(other)
-
-
-def test_names_of_modules_are_those_of_a_release(saved, quick):
-    layers = [row | {"layer": f"net.{i}"} for i, row in enumerate(quick.network["layers"])]
-    older = replace(quick, network=quick.network | {"layers": layers})
-    checks = check_report(saved(older))
-    assert marks(checks)["T, number of parameters, neurons"] is True, checklist(checks)
-
-
-@pytest.mark.parametrize(
-    ("draws", "wrong", "passed"), [(1, 10, True), (1, 12, False), (5, 12, False)]
-)
-def test_few_clean_predictions_may_differ(draws, wrong, passed):
-    shipped = Report.load(SHIPPED)
-    clean, *rows = shipped.rows
-    more = sorted(set(clean.seen) - set(clean.fell))[:wrong]
-    clean = replace(clean, fell=sorted({*clean.fell, *more}))
-    rows = [clean, *(without_images(row, more) for row in rows)]
-    network = from_checkpoint(pretrained_file("digits/dlif-at"))
-    data = read_once(load_images("digits").test, 360)
-    found = marks(compared(replace(shipped, rows=rows, draws=draws), network, data))
-    assert found["clean predictions"] is passed
 
 
 @pytest.mark.parametrize(("draws", "passed"), [(1, False), (9, False), (10, True)])
@@ -368,16 +454,6 @@ def test_a_network_that_fails_later_is_one_too(saved, fails):
     *_, last = check_report(saved(Report.load(SHIPPED)), Subject("mine", Failing(), "none"))
     assert last.passed is False
     assert "it cannot be evaluated (AssertionError: " in last.text
-
-
-def without_images(row, numbers):
-    """A row that was not run on some images, of the main variant."""
-    if row.variant:
-        return row
-    seen, fell = (sorted(set(part) - set(numbers)) for part in (row.seen, row.fell))
-    if row.kind == "proof":
-        return replace(row, fell=sorted({*row.fell, *numbers}))
-    return replace(row, seen=seen, fell=fell, outside=sorted(set(row.outside) - set(numbers)))
 
 
 def test_changed_figures_and_other_files_are_refused(tmp_path):

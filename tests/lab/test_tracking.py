@@ -10,8 +10,7 @@ from lab.tracking import tracked
 from launch import in_process
 
 from sj_robust.core import extras
-from sj_robust.training.history import EpochRecord
-from sj_robust.training.journal import Journal
+from sj_robust.training.journal import EpochRecord, Journal
 from sj_robust.training.objective import Losses
 
 

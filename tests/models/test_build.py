@@ -17,7 +17,6 @@ from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import (
     ConvChain,
     NetworkSpec,
-    WideResNet,
     build_classifier,
     build_network,
     zoo_networks,
@@ -81,8 +80,6 @@ def test_relu_stands_where_neurons_stand_in_one_time_step():
     assert weights.keys() == spiking.state_dict().keys()
     for name, value in spiking.state_dict().items():
         assert value.shape == weights[name].shape
-    with pytest.raises(ValueError, match="T must be 1 for relu, which has no state over time"):
-        build_network(NetworkSpec(neuron="relu"))
 
 
 @pytest.fixture
@@ -148,9 +145,6 @@ SMALLEST = {"depth": 10, "widen_factor": 1}  # of the wide residual networks
 
 
 def test_options_reach_the_architecture():
-    wide = build_network(NetworkSpec("wrn16_4", image_shape=(3, 8, 8), options=SMALLEST))
-    assert isinstance(wide, WideResNet)
-    assert wide.stages[-1].in_features == 64
     vgg = build_network(NetworkSpec("vgg5", hidden=(8, 8), options={"hidden": (6,)}))
     assert vgg.stages[-1].in_features == 6
 
@@ -321,19 +315,12 @@ def test_lif_of_ones_own_network_becomes_dlif(own):
 def test_a_function_that_builds_another_neuron_than_the_one_asked_for_is_refused(own, name):
     T = 1 if name == "relu" else 3
     asked = NetworkSpec("own_models:lif", neuron=name, T=T)
-    message = f"own_models:lif builds LIFNode, not the neuron '{name}' that was asked for"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"LIFNode.*'{name}'"):
         check_has_neuron(build_network(asked), asked)
+    for leaving in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
+        check_has_neuron(nn.Sequential(leaving()), NetworkSpec("own_models:any", neuron="lif"))
     takes_it = NetworkSpec("own_models:build", neuron=name, T=T)
     check_has_neuron(build_network(takes_it), takes_it)
-
-
-@pytest.mark.parametrize("node", [neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode])
-def test_lif_leaves_neurons_of_ones_own_network_as_they_are(node):
-    spec = NetworkSpec("own_models:any", neuron="lif")
-    check_has_neuron(nn.Sequential(node()), spec)
-    with pytest.raises(ValueError, match="builds no spiking neuron, not the neuron 'lif'"):
-        check_has_neuron(nn.Sequential(nn.ReLU()), spec)
 
 
 def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
@@ -349,47 +336,30 @@ def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
     read = from_checkpoint(own / "best.pt", trust_code=True).model
     x = image_batch()
     assert torch.equal(read(x), classifier(x))
-    with pytest.raises(ValueError, match=r"returns a classifier with T=4, but T=3 was requested"):
+    with pytest.raises(ValueError, match="T=3"):
         build_classifier(NetworkSpec("own_models:wrapped", T=3))
 
 
-WRONG_NAMES = {
-    "wrn40_4": "network must be one of small, .*, wrn28_10, zoo:NAME, module:function or "
-    "file.py:function, got",
-    "zoo:spiking_vgg12": "the model zoo has no 'spiking_vgg12'; nearest: spiking_vgg1",
-    "zoo:xyz": "there are .*spiking_vgg11",
-    "own_models.txt:build": "a file with a network must end in .py, got 'own_models.txt'",
-    "own_models:absent": "own_models has no function 'absent'",
-    "own_models:plain": "no neuron that could be DLIF",
-    "own_models:nothing": "must return a network .*, got NoneType",
-    "own_models:fails": r"own_models:fails failed \(KeyError: 'lost', own_models.py:\d+\)",
-}
+WRONG = [
+    ("wrn40_4", {}, ValueError, "wrn40_4"),
+    ("zoo:spiking_vgg12", {}, ValueError, "spiking_vgg1"),
+    ("zoo:xyz", {}, ValueError, "spiking_vgg11"),
+    ("own_models.txt:build", {}, ValueError, "own_models.txt"),
+    ("own_models:absent", {}, ValueError, "absent"),
+    ("own_models:plain", {}, ValueError, "own_models:plain"),
+    ("own_models:nothing", {}, ValueError, "NoneType"),
+    ("own_models:fails", {}, ValueError, r"KeyError.*own_models.py:\d+"),
+    ("own_models:build", {"widht": 5}, ValueError, "widht"),
+    ("absent.py:build", {}, FileNotFoundError, "absent.py"),
+    ("absent_models:build", {}, ModuleNotFoundError, "absent_models"),
+    *((name, {"depht": 5}, ValueError, "depht") for name in ("small", "vgg5", "wrn16_4")),
+]
 
 
-@pytest.mark.parametrize("name", WRONG_NAMES)
-def test_wrong_names(own, name):
-    with pytest.raises(ValueError, match=WRONG_NAMES[name]):
-        build_network(NetworkSpec(name))
-
-
-def test_functions_that_are_not_there(own):
-    with pytest.raises(FileNotFoundError, match="absent.py does not exist"):
-        build_network(NetworkSpec("absent.py:build"))
-    with pytest.raises(ModuleNotFoundError, match="no module 'absent_models'"):
-        build_network(NetworkSpec("absent_models:build"))
-
-
-@pytest.mark.parametrize("name", ["small", "vgg5", "wrn16_4"])
-def test_an_option_that_a_network_does_not_have(name):
-    message = rf"{name} cannot be built .* options .*'depht'.*neurons \(dlif\)"
-    with pytest.raises(ValueError, match=message):
-        build_classifier(NetworkSpec(name, options={"depht": 5}))
-
-
-def test_an_option_that_a_function_does_not_have(own):
-    message = r"takes no option 'widht'; it takes image_shape, classes, T, .*width"
-    with pytest.raises(ValueError, match=message):
-        build_classifier(NetworkSpec("own_models:build", options={"widht": 5}))
+@pytest.mark.parametrize(("name", "options", "error", "named"), WRONG)
+def test_a_network_that_is_not_there_is_named(own, name, options, error, named):
+    with pytest.raises(error, match=named):
+        build_network(NetworkSpec(name, options=options))
 
 
 def test_checkpoints_return_the_same_network(tmp_path):
@@ -430,8 +400,7 @@ def test_checkpoints_run_functions_only_where_trusted(own):
     spec = NetworkSpec("own_models.py:build", T=3)
     write(own / "best.pt", spec, build_classifier(spec))
     assert from_checkpoint(own / "best.pt", trust_code=True).spec == spec
-    message = "names the function own_models.py:build .* pass trust_code=True"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="trust_code"):
         from_checkpoint(own / "best.pt")
 
 
@@ -449,8 +418,7 @@ def test_a_checkpoint_says_if_the_code_of_its_network_has_changed(own):
         OWN.replace("spiking_neuron()", "spiking_neuron(v_threshold=4.0)")
     )
     (remark,) = same().remarks
-    assert "code of own_models.py:build has changed since the training" in remark
-    assert "Evaluate with the code of the training" in remark
+    assert "own_models.py:build" in remark
     content["description"] = {
         "network": asdict(spec),
         f"{CODE_KEY} another machine": "rounded otherwise",

@@ -2,11 +2,13 @@
 arithmetic.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
 from compare.published import lively
+from covering import mostly_slow
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -25,11 +27,10 @@ class Spikes(nn.Module):
     it.
     """
 
-    decay = 0.99
-
-    def __init__(self, T, gains):
+    def __init__(self, T, gains, decay=0.99):
         super().__init__()
         self.T = T
+        self.decay = decay
         if gains:
             self.p = nn.Parameter(torch.ones(T))
 
@@ -149,25 +150,114 @@ class Wrn16(Published):
         return self.fc(x.flatten(1))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A published network, and what it is called here."""
+class Gate(nn.Module):
+    """Open here, as its rate plays no part in what is compared."""
 
-    kind: type[Published]
-    name: str
+    def __init__(self, shape):
+        super().__init__()
+        self.poisson_rate = nn.Parameter(torch.rand(shape))
+
+    def forward(self, x):
+        return x
+
+
+class Pdsg(Published):
+    """VGG-11 in one row, convolutions without bias."""
+
+    def __init__(self, T, gains):
+        super().__init__(T)
+        features = (64, "A", 128, 256, "A", 512, 512, 512, "A", 512, 512)
+        layers, width = [], 3
+        for feature in features:
+            if feature == "A":
+                layers.append(nn.AvgPool2d(2))
+                continue
+            layers.append(nn.Conv2d(width, feature, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(feature), Spikes(T, gains)]
+            width = feature
+        layers.append(nn.Flatten())
+        for a, b in ((512, 20), (20, 16)):
+            layers += [nn.Linear(a, b), Spikes(T, gains)]
+        self.net = nn.Sequential(*layers, nn.Linear(16, 7))
+
+    def logits(self, x):
+        return self.net(x)
+
+
+def gated(net, size):
+    """The network with a gate behind every neuron, as StoG's program puts them."""
+    shapes = {}
+    for module in net.modules():
+        if isinstance(module, Spikes):
+            module.register_forward_hook(lambda own, _, out: shapes.update({own: out.shape[1:]}))
+    net.eval()(torch.rand(1, 3, size, size))
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Spikes):
+                setattr(parent, name, nn.Sequential(child, Gate(shapes[child])))
+    return net
+
+
+def flattened(state):
+    """Their classifier flattens in a module of its own."""
+    names = {}
+    for key in state:
+        head, dot, rest = key.partition("classifier.")
+        number, _, tail = rest.partition(".")
+        names[key] = f"classifier.{int(number) + 1}.{tail}" if dot and not head else key
+    return {names[key]: value for key, value in state.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published network, how its program saves it, and what it is here."""
+
+    kind: Callable
     size: int
+    spec: dict
+    decay: float = 0.99
+    gains: bool = False
+    gates: bool = False
+    save: Callable = dict
+    options: dict = field(default_factory=lambda: {"T": 3})
 
     @property
     def shape(self):
         return (3, self.size, self.size)
 
-    def network(self, *, gains):
+    def network(self):
         torch.manual_seed(0)
-        return lively(self.kind(3, gains), self.size)
+        net = lively(self.kind(self.spec["T"], self.gains), self.size)
+        for module in net.modules():
+            if isinstance(module, Spikes):
+                module.decay = self.decay
+        return gated(net, self.size) if self.gates else net
 
 
-VGG5 = Case(Vgg5, name="vgg5", size=8)
-WRN16 = Case(Wrn16, name="wrn16_4", size=16)
+def found(name, neuron, *, tau=100.0, T=3):
+    return {"name": name, "neuron": neuron, "tau": tau, "T": T}
+
+
+INF = float("inf")
+ROWS = {
+    "VGG": Row(Vgg5, 8, found("vgg5", "dlif"), gains=True, options={}),
+    "VGG of LIF": Row(Vgg5, 8, found("vgg5", "lif")),
+    "VGG of SNN-RAT": Row(Vgg5, 8, found("vgg5", "if", tau=INF), 1.0, save=flattened),
+    "VGG of StoG": Row(Vgg5, 8, found("vgg5", "stog", tau=INF), 1.0, gates=True, save=flattened),
+    "VGG of PDSG": Row(
+        Pdsg,
+        8,
+        found("vgg11", "lif", tau=2.0, T=4),
+        0.5,
+        save=lambda state: {"model": state, "epoch": 3},
+        options={},
+    ),
+    "WRN": Row(Wrn16, 16, found("wrn16_4", "dlif"), gains=True, options={}),
+    "WRN of SNN-RAT": Row(
+        Wrn16, 16, found("wrn16_4", "if", tau=INF), 1.0, options={"T": 3, "tau": INF}
+    ),
+    "WRN of StoG": Row(Wrn16, 16, found("wrn16_4", "stog", tau=INF), 1.0, gates=True),
+}
 
 
 def logits_of(model, images):
@@ -180,195 +270,61 @@ def load(path, **options):
     return load_published_checkpoint(path, mean=MEAN, std=STD, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "gains"),
-    [(VGG5, True), (VGG5, False), (WRN16, True)],
-    ids=lambda value: getattr(value, "name", str(value)),
-)
-def test_the_logits_are_those_of_the_published_network(tmp_path, case, gains):
-    theirs = case.network(gains=gains)
-    torch.save(theirs.state_dict(), tmp_path / "net.pth")
-    T = None if gains else 3
-    ours, spec = load(tmp_path / "net.pth", image_shape=case.shape, T=T)
-    assert spec.name == case.name
+@pytest.mark.parametrize("name", mostly_slow(ROWS, quick=["VGG", "VGG of SNN-RAT", "VGG of PDSG"]))
+def test_the_logits_are_those_of_the_published_network(tmp_path, name):
+    row = ROWS[name]
+    theirs = row.network()
+    torch.save(row.save(theirs.state_dict()), tmp_path / "net.pth")
+    ours, spec = load(tmp_path / "net.pth", image_shape=row.shape, **row.options)
+    assert {key: getattr(spec, key) for key in row.spec} == row.spec
     assert spec.classes == 7
-    assert spec.T == 3
-    assert spec.neuron == ("dlif" if gains else "lif")
-    content = {
-        "model": ours.state_dict(),
-        "description": {"network": asdict(spec), "options": {}},
-    }
+    description = {"network": asdict(spec), "options": {}}
+    content = {"model": ours.state_dict(), "description": description}
     save_checkpoint(tmp_path / "best.pt", content)
     kept = from_checkpoint(tmp_path / "best.pt").model
-    images = torch.rand(4, *case.shape)
+    images = torch.rand(4, *row.shape)
     expected = logits_of(theirs, images)
     assert expected.std(0).max() > 0.01
-    logits = logits_of(ours, images)
-    assert_close(logits, expected)
-    assert torch.equal(logits_of(kept, images), logits)
+    for model in (ours, kept):
+        gates = [module for module in model.modules() if isinstance(module, StochasticGate)]
+        rates = [module.poisson_rate for module in theirs.modules() if isinstance(module, Gate)]
+        for gate, rate in zip(gates, rates, strict=True):
+            assert_close(gate.rate.sum(), rate.sum().to(gate.rate))
+            gate.forward = lambda spikes: spikes
+        assert_close(logits_of(model, images), expected)
 
 
-def test_a_vgg_of_snn_rat_has_neurons_without_leak(tmp_path):
-    theirs = VGG5.network(gains=False)
-    state = {}
-    for key, value in theirs.state_dict().items():
-        # Their classifier flattens in a module of its own.
-        for number in (0, 2, 4):
-            key = key.replace(f"classifier.{number}.", f"classifier.{number + 1}.")
-        state[key] = value
-    torch.save(state, tmp_path / "net.pth")
-    ours, spec = load(tmp_path / "net.pth", image_shape=(3, 8, 8), T=3)
-    assert spec.name == "vgg5"
-    assert spec.neuron == "if"
-    for module in theirs.modules():
-        if isinstance(module, Spikes):
-            module.decay = 1.0
-    images = torch.rand(4, 3, 8, 8)
-    assert_close(logits_of(ours, images), logits_of(theirs, images))
+def without(*names):
+    return lambda state: {key: value for key, value in state.items() if key not in names}
 
 
-class Gate(nn.Module):
-    def __init__(self, shape):
-        super().__init__()
-        self.poisson_rate = nn.Parameter(torch.rand(shape))
-
-    def forward(self, x):
-        return x
+def changed(name, change):
+    return lambda state: state | {name: change(state.get(name))}
 
 
-def gated(net, size):
-    """The same network with an open gate behind every neuron, as StoG's program puts them."""
-    shapes = {}
-    for module in net.modules():
-        if isinstance(module, Spikes):
-            module.decay = 1.0
-            module.register_forward_hook(lambda own, _, out: shapes.update({own: out.shape[1:]}))
-    net.eval()(torch.rand(1, 3, size, size))
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Spikes):
-                setattr(parent, name, nn.Sequential(child, Gate(shapes[child])))
-    return net
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [VGG5, WRN16], ids=lambda case: case.name)
-def test_gates_of_stog_are_loaded_with_their_rates(tmp_path, case):
-    theirs = gated(case.network(gains=False), case.size)
-    state = {}
-    for key, value in theirs.state_dict().items():
-        _, dot, rest = key.partition("classifier.")
-        number, _, tail = rest.partition(".")
-        state[f"classifier.{int(number) + 1}.{tail}" if dot else key] = value
-    torch.save(state, tmp_path / "net.pth")
-    ours, spec = load(tmp_path / "net.pth", image_shape=case.shape, T=3)
-    assert (spec.name, spec.neuron, spec.tau) == (case.name, "stog", torch.inf)
-    gates = [module for module in ours.modules() if isinstance(module, StochasticGate)]
-    rates = [module.poisson_rate for module in theirs.modules() if isinstance(module, Gate)]
-    assert sorted(gate.rate.sum().item() for gate in gates) == sorted(
-        rate.sum().item() for rate in rates
-    )
-    for gate in gates:
-        gate.forward = lambda spikes: spikes
-    images = torch.rand(4, *case.shape)
-    assert_close(logits_of(ours, images), logits_of(theirs, images))
-
-
-class Pdsg(Published):
-    """VGG-11 in one row, convolutions without bias, decay 0.5."""
-
-    def __init__(self, T):
-        super().__init__(T)
-        features = (64, "A", 128, 256, "A", 512, 512, 512, "A", 512, 512)
-        layers, width = [], 3
-        for feature in features:
-            if feature == "A":
-                layers.append(nn.AvgPool2d(2))
-                continue
-            layers.append(nn.Conv2d(width, feature, 3, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(feature), self.node(T)]
-            width = feature
-        layers.append(nn.Flatten())
-        for a, b in ((512, 20), (20, 16)):
-            layers += [nn.Linear(a, b), self.node(T)]
-        self.net = nn.Sequential(*layers, nn.Linear(16, 7))
-        self.logits = self.net
-
-    @staticmethod
-    def node(T):
-        spikes = Spikes(T, gains=False)
-        spikes.decay = 0.5
-        return spikes
-
-    def state_dict(self):
-        found = super().state_dict()
-        return {key: value for key, value in found.items() if not key.startswith("logits")}
-
-
-@pytest.mark.slow
-def test_a_vgg_of_pdsg_has_its_layers_in_one_row(tmp_path):
-    torch.manual_seed(0)
-    theirs = lively(Pdsg(4), 8)
-    torch.save({"model": theirs.state_dict(), "epoch": 3}, tmp_path / "checkpoint.pth")
-    ours, spec = load(tmp_path / "checkpoint.pth", image_shape=(3, 8, 8))
-    assert (spec.name, spec.neuron, spec.T, spec.tau) == ("vgg11", "lif", 4, 2.0)
-    images = torch.rand(4, 3, 8, 8)
-    expected = logits_of(theirs, images)
-    assert expected.std(0).max() > 0.01
-    assert_close(logits_of(ours, images), expected)
-
-
-def test_other_networks_in_one_row_are_refused(refused):
-    state = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).state_dict()
-    refused({f"net.{key}": value for key, value in state.items()}, "any of the published networks")
-
-
-@pytest.fixture
-def refused(tmp_path):
-    """A context in which a file with these weights must be refused."""
-
-    def refuse(state, message, **options):
-        torch.save(state, tmp_path / "net.pth")
-        usual = {"image_shape": (3, 8, 8)}
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path / "net.pth", **usual | options)
-
-    return refuse
-
-
-def test_files_that_are_nearly_known_are_refused(refused):
-    state = VGG5.network(gains=True).state_dict()
-    del state["classifier.2.weight"]
-    refused(state, "any of the published networks")
-    unnumbered = {"classifier.5.weight": torch.ones(1), "classifier.foo.bias": torch.ones(1)}
-    refused(state | unnumbered, "any of the published networks")
-    row = {"net.0.weight": torch.ones(64, 3, 3, 3)}
-    for number, width in enumerate((128, 256, 512, 512, 512, 512, 512)):
-        row[f"net.{number + 50}.weight"] = torch.ones(width, 1, 3, 3)
-    refused(row, "any of the published networks")
+MISFITS = {
+    "a layer less": (without("classifier.2.weight"), {}),
+    "a gain less": (without("layer1.2.p"), {}),
+    "more": (changed("layer9.0.weight", lambda _: torch.ones(1)), {}),
+    "other steps in one layer": (changed("layer1.2.p", lambda _: torch.ones(4)), {}),
+    "another network": (lambda _: nn.Linear(2, 2).state_dict(), {}),
+    "a network in one row": (lambda _: {"net.0.weight": torch.ones(8, 3, 3, 3)}, {}),
+    "names of a VGG of other layers": (
+        lambda state: {f"features.{number}": value for number, value in enumerate(state.values())},
+        {},
+    ),
+    "NaN": (changed("layer1.0.weight", lambda old: old * torch.nan), {}),
+    "integers": (changed("layer1.0.weight", lambda old: old.to(torch.int8)), {}),
+    "sparse": (changed("layer1.0.weight", torch.Tensor.to_sparse), {}),
+    "another size": (dict, {"image_shape": (3, 32, 32)}),
+    "another T": (dict, {"T": 8}),
+}
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")  # torch 2.15 says so
-def test_weights_that_do_not_fit_are_named(refused):
-    state = VGG5.network(gains=True).state_dict()
-    more = state | {"layer9.0.weight": torch.ones(1)}
-    refused(more, "network: unexpected layer9.0.weight; it was read as vgg5")
-    other = state | {"layer1.2.p": torch.ones(4)}
-    refused(other, r"of another shape layer1.2.p \(4,\) instead of \(3,\); it was read")
-    del state["layer1.2.p"]
-    refused(state, "missing layer1.2.p;")
-    foreign = nn.Linear(2, 2).state_dict()
-    weight = other["layer1.0.weight"]
-    for values in (weight * torch.nan, weight.to(torch.int8), weight.to_sparse()):
-        given = VGG5.network(gains=True).state_dict() | {"layer1.0.weight": values}
-        refused(given, "no dense tensors of finite floating point numbers layer1.0.weight; it was")
-    refused(foreign, r"any of the published networks vgg5, .* \(it begins with weight, bias\)")
-
-
-def test_options_that_do_not_fit_are_named(refused):
-    state = VGG5.network(gains=True).state_dict()
-    message = r"0.weight \(20, 512\) instead of \(20, 8192\); it was read as vgg5"
-    refused(state, message, image_shape=(3, 32, 32))
-    message = "was trained with T=3, got T=8; omit T, and call set_time_steps afterwards"
-    refused(state, message, T=8)
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, name):
+    change, options = MISFITS[name]
+    torch.save(change(ROWS["VGG"].network().state_dict()), tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"net\.pth"):
+        load(tmp_path / "net.pth", **{"image_shape": (3, 8, 8)} | options)

@@ -1,8 +1,7 @@
-"""The trained networks are what their cards, the README and the page of results
-say.
-"""
+"""The trained networks are what their cards say; those that are not in the package are fetched."""
 
-import re
+import json
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from lab.command_line import deciding, read_options
 
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation.subject import from_checkpoint
-from sj_robust.models import assets, pretrained, pretrained_networks, shipped
+from sj_robust.models import pretrained, pretrained_networks, shipped
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.shipped import pretrained_file
 from sj_robust.models.weights import as_named_in
@@ -82,7 +81,7 @@ def test_they_are_small_and_in_the_package():
     files = [pretrained_file(name) for name in INSIDE]
     assert len(files) >= 4
     assert sum(file.stat().st_size for file in files) < 3_200_000
-    assert len(files) == len(CARDS) or assets.RELEASE, "where the others are downloaded from"
+    assert len(files) == len(CARDS) or shipped.RELEASE, "where the others are downloaded from"
     expected = set(files[0].parents[1].glob("*/*"))
     assert set(files) == expected
 
@@ -99,37 +98,61 @@ def test_cards_tell_a_defended_network_from_an_undefended_one():
 
 
 def test_names_are_checked():
-    message = (
-        "no pretrained network 'digits/dlif-certifed'; choose one of digits/lif, .*; did you "
-        "mean 'digits/dlif-certified'"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="did you mean 'digits/dlif-certified'"):
         pretrained("digits/dlif-certifed")
-    read = from_checkpoint("digits/lif").model
-    shipped = pretrained("digits/lif")
-    assert torch.equal(read.net.first.weight, shipped.net.first.weight)
 
 
-def test_pages_load_networks_that_exist():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-    named = re.findall(r'pretrained\("([^"]+)"\)', "".join(map(Path.read_text, pages)))
-    assert named
-    assert set(named) <= set(pretrained_networks())
+NAME = "digits/far"
+CARD = CARDS["digits/lif"]
+WHOLE = pretrained_file("digits/lif").read_bytes()
+FILE = f"digits-far-{CARD.sha256[:8]}.pt"
 
 
-@pytest.mark.parametrize(
-    ("page", "datasets"),
-    [
-        ("README.md", "digits"),
-        ("docs/results/pretrained.md", "digits|mnist|fashion_mnist|cifar10"),
-    ],
-)
-def test_the_table_of_a_page_is_that_of_the_cards(page, datasets):
-    row = rf"^\| (.+?) \| `((?:{datasets})/.+?)` \| (.+?) \| (.+?) \| (.+?) \|$"
-    shown = re.findall(row, (ROOT / page).read_text(), re.M)
-    expected = []
-    for name, card in CARDS.items():
-        if name.split("/")[0] in datasets:
-            figures = [f"{value:.1f}" for value in (card.clean, card.at_most, card.at_least)]
-            expected.append((card.summary, name, *figures))
-    assert shown == expected
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder that is asked for the file of a network that is not in the package."""
+    card = asdict(CARD)
+    del card["name"]
+    (tmp_path / "cards.json").write_text(json.dumps({NAME: card}), encoding="utf-8")
+    monkeypatch.setattr(shipped, "_FOLDER", tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SJ_ROBUST_ASSETS", tmp_path.as_uri())
+    return tmp_path
+
+
+def assert_loaded():
+    weights = pretrained(NAME).state_dict()
+    assert torch.equal(weights["net.first.weight"], pretrained_weights["net.first.weight"])
+
+
+pretrained_weights = pretrained("digits/lif").state_dict()
+
+
+def test_a_network_that_is_not_in_the_package_is_downloaded_once(mirror, monkeypatch):
+    with pytest.raises(OSError, match="SJ_ROBUST_ASSETS"):
+        pretrained(NAME)
+    (mirror / FILE).write_bytes(WHOLE[:-1])
+    with pytest.raises(ValueError, match="SHA-256"):
+        pretrained(NAME)
+    (mirror / FILE).write_bytes(WHOLE)
+    assert_loaded()
+    assert [path.name for path in (mirror / "home" / "hub" / "sj_robust").iterdir()] == [FILE]
+    (mirror / FILE).unlink()
+    assert_loaded()
+    monkeypatch.setenv("SJ_ROBUST_ASSETS", "")
+    assert_loaded()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/assets", "nowhere", ""])
+def test_without_a_server_the_file_can_be_put_there_by_hand(address, mirror, monkeypatch):
+    monkeypatch.setenv("SJ_ROBUST_ASSETS", address)
+    with pytest.raises(OSError, match="by hand") as refused:
+        pretrained(NAME)
+    Path(str(refused.value).rpartition("by hand: ")[2]).write_bytes(WHOLE)
+    assert_loaded()
+
+
+def test_a_cache_that_cannot_be_is_named(mirror):
+    (mirror / "home").write_text("in the way")
+    with pytest.raises(ValueError, match="TORCH_HOME"):
+        pretrained(NAME)

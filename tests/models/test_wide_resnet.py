@@ -1,11 +1,9 @@
 import pytest
 import torch
-from torch.testing import assert_close
 
 from sj_robust import DLIFNode
 from sj_robust.models import WideResNet
 from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock
-from sj_robust.training.regularization import retract_
 
 PUBLISHED = {"wrn16_4": 2_748_890, "wrn28_10": 36_479_194}
 """Parameters of the published networks, without mixing coefficients."""
@@ -62,20 +60,3 @@ def test_number_of_parameters(name):
     assert first.stride == (1, 1)
     assert second.stride == (2, 2)
     assert third.stride == (2, 2)
-
-
-def test_retraction_finds_the_mixing_coefficients():
-    net = tiny()
-    mixing = net.stages[1].mixing.data
-    mixing.copy_(torch.tensor([0.9, 0.5]))
-    retract_(net, beta=1e-3)
-    assert_close(mixing, torch.tensor([0.7, 0.3]))
-
-
-def test_wrong_use():
-    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 4 .* got 18; pass 16"):
-        tiny(depth=18)
-    with pytest.raises(ValueError, match="widen_factor must be >= 1, got 0"):
-        tiny(widen_factor=0)
-    with pytest.raises(ValueError, match="one frame"):
-        tiny(step_mode="s")(torch.rand(3, 2, 3, 8, 12))

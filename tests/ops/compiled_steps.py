@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sj_robust import SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.ops import keep_heap
-from sj_robust.training.compilation import compiled
+from sj_robust.training.processes import compiled
 
 
 def classifier(name: str, count: int) -> SpikingClassifier:

@@ -1,18 +1,17 @@
 """Instruction sets and threads of the compiled kernel, and a GPU that is not there."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from ops.calls import KERNELS, choose
+from ops.calls import KERNELS
 
 from sj_robust.ops.dlif import cpp, cupy_launch, operator, triton_launch
 
-
-@pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, request.param)
-    return request.param
+CACHED = (
+    triton_launch._triton_reason,
+    cupy_launch._cupy_reason,
+    operator._failure,
+    operator._warn,
+)
 
 
 @pytest.fixture(params=["reference", "eager", *KERNELS])
@@ -20,7 +19,16 @@ def backend(request, monkeypatch):
     """Name of a backend; the compiled one counts once for every instruction set of this
     processor.
     """
-    return choose(monkeypatch, request.param)
+    name, _, instruction_set = request.param.partition(" ")
+    if instruction_set:
+        monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, instruction_set)
+    return name
+
+
+@pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
+def instruction_set(request, monkeypatch):
+    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -38,29 +46,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    remembered = (
-        triton_launch._triton_reason,
-        cupy_launch._cupy_reason,
-        operator._failure,
-        operator._warn,
-    )
-    for cached in remembered:
+    for cached in CACHED:
         cached.cache_clear()
     yield monkeypatch
-    for cached in remembered:
+    for cached in CACHED:
         cached.cache_clear()
-
-
-@pytest.fixture
-def import_that_raises(monkeypatch):
-    """Makes the import of a launcher's package fail."""
-
-    def fail(launcher, error):
-        def import_module(name):
-            raise error
-
-        monkeypatch.setattr(launcher, "importlib", SimpleNamespace(import_module=import_module))
-        for cached in (triton_launch._triton_reason, cupy_launch._cupy_reason):
-            cached.cache_clear()
-
-    return fail

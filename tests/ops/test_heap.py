@@ -11,78 +11,56 @@ import torch
 
 from sj_robust.ops.heap import advise_huge_pages
 
-pytestmark = pytest.mark.slow
-
 CODE = """
 import resource, torch
 from sj_robust.ops import keep_heap
 from sj_robust.ops.heap import advise_huge_pages
 
-def faults(run, times=1):
+def faults(run):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        run()
+    run()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def zeros():
-    torch.zeros(1 << 24)
+    for _ in range(8):
+        torch.zeros(1 << 24)
 
 plain = faults(lambda: torch.empty(1 << 24).zero_())
 advised = faults(lambda: advise_huge_pages(torch.empty(1 << 24)).zero_())
-mapped = faults(zeros, 8)
+mapped = faults(zeros)
 done = keep_heap()
 zeros()
 # one block more may be fetched until the heap has settled
-print(plain, advised, mapped, done, faults(zeros, 8))
+print(plain, advised, mapped, done, faults(zeros))
 """
 
 
-def run(**variables: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=variables
-    ).stdout.split()
-
-
-def fallbacks() -> int:
-    """How often the kernel had no huge page to give since it started; 0 where it is not counted."""
-    counters = Path("/proc/vmstat")
-    if not counters.exists():
-        return 0
-    for line in counters.read_text().splitlines():
-        name, value = line.split()
-        if name == "thp_fault_fallback":
-            return int(value)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def found() -> list[str]:
+def run(**variables):
     """Page faults of large blocks: plain, with huge pages, eight before keep_heap; what it says;
-    eight after it; and how often there was no huge page meanwhile.
+    eight after it.
     """
-    before = fallbacks()
-    told = run()
-    return [*told, str(fallbacks() - before)]
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+    return [eval(word) for word in result.stdout.split()]
 
 
+def pages(file, word):
+    """Whether the system gives huge pages on request, and how often it had none."""
+    path = Path(file)
+    return [line for line in path.read_text().splitlines() if word in line] if path.exists() else []
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_freed_memory_is_not_fetched_again_unless_the_environment_has_decided(found):
-    _, _, mapped, done, kept, _ = found
-    if done == "False":
-        pytest.skip("the C library is not glibc")
-    assert int(kept) < int(mapped) / 4
-    assert run(MALLOC_TOP_PAD_="131072")[3] == "False"
-
-
-def test_huge_pages_mean_fewer_faults(found):
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("this system does not give huge pages on request")
-    plain, advised, missing = (int(found[place]) for place in (0, 1, -1))
-    if advised >= plain / 4 and missing:
-        pytest.skip("memory is too fragmented for huge pages")
-    assert advised < plain / 4
+def test_freed_memory_is_not_fetched_again_and_huge_pages_mean_fewer_faults():
+    before = pages("/proc/vmstat", "thp_fault_fallback ")
+    plain, advised, mapped, done, kept = run()
+    if done:  # the C library is glibc
+        assert kept < mapped / 4
+    assert run(MALLOC_TOP_PAD_="131072")[3] is False
+    gives = pages("/sys/kernel/mm/transparent_hugepage/enabled", "[madvise]")
+    if gives and pages("/proc/vmstat", "thp_fault_fallback ") == before:
+        assert advised < plain / 4
 
 
 def test_tensors_without_memory_of_their_own_are_left_alone():

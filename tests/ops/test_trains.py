@@ -1,27 +1,23 @@
 """Bounds of spiking layers: the compiled kernel gives what the reference gives."""
 
-import shutil
-import subprocess
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.calls import assert_equal, needs_kernel
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
-from sj_robust.ops.dlif import cpp as dlif_cpp
-from sj_robust.ops.surrogate import Surrogate
+from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 from sj_robust.ops.trains import cpp, operator, reference
 from sj_robust.ops.trains.config import (
     Constants,
     Currents,
-    StepBounds,
     Trained,
     Trains,
     Windows,
@@ -30,9 +26,6 @@ from sj_robust.proofs.bounds import bounded_neurons
 from sj_robust.proofs.differentiable_chains import DifferentiableChain
 from sj_robust.proofs.spiking import Interval, LayerBounds, RealSpiking
 
-needs_kernel = pytest.mark.skipif(
-    cpp.unavailable_reason() is not None, reason="the kernel was not built"
-)
 pytestmark = needs_kernel
 rand = partial(torch.rand, dtype=torch.float64)
 randn = partial(torch.randn, dtype=torch.float64)
@@ -113,25 +106,18 @@ def some_spikes(charges, numbers):
 
 
 def assert_same(found, expected):
-    for field in fields(StepBounds):
-        one = getattr(found, field.name)
-        other = getattr(expected, field.name)
-        assert torch.equal(one, other), field.name
+    for name, one in vars(found).items():
+        assert torch.equal(one, getattr(expected, name)), name
 
 
-def check_steps(case, *, windowed=True, known=False):
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_those_of_the_reference_bit_for_bit(case, known, windowed, instruction_set):
     torch.manual_seed(0)
     given = random_steps(case, windowed=windowed, known=known)
     expected = operator.bounded_steps(*given, backend="reference")
     assert_same(operator.bounded_steps(*given, backend="cpp"), expected)
-    return given, expected
-
-
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_steps_are_those_of_the_reference_bit_for_bit(case, known, instruction_set):
-    check_steps(case, known=known)
-    check_steps(case, known=known, windowed=False)
 
 
 def random_trains(T, windows, M=150):
@@ -171,7 +157,9 @@ def chained(trains, J=9):
     )
 
 
-def check_sums(T, kept, chain):
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize(("T", "kept"), [(1, 8), (4, 8), (6, 1), (13, 8)])
+def test_sums_over_trains_are_those_of_the_reference(T, kept, chain, instruction_set):
     torch.manual_seed(T)
     windows = Windows(kept)
     trains = random_trains(T, windows)
@@ -188,18 +176,7 @@ def check_sums(T, kept, chain):
         assert centre.dtype == torch.float32
         assert (centre.double() - radius.double() <= low).all()
         assert (centre.double() + radius.double() >= high).all()
-        exact = operator.in_float32(low, high, slack)
-        assert torch.equal(centre, exact[0])
-        assert torch.equal(radius, exact[1])
-
-
-@pytest.mark.parametrize("chain", [False, True])
-@pytest.mark.parametrize(("T", "kept"), [(1, 8), (4, 8), (6, 1), (13, 8)])
-def test_sums_over_trains_are_those_of_the_reference(T, kept, chain, instruction_set):
-    check_sums(T, kept, chain)
-
-
-KINDS = ("triangle", "atan", "sigmoid", "exponential", "soft_sign", "super_spike", "erf")
+        assert_equal((centre, radius), operator.in_float32(low, high, slack))
 
 
 def random_joint(T, kept, dtype, F=3, M=130, *, grid=False):
@@ -224,102 +201,60 @@ def gradients(ends, given):
     return torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
 
 
-def both(T, kept, dtype, kind="triangle", width=0.5, *, grid=False):
-    """Bounds by kernel and reference, and their gradients."""
+JOINT = [
+    *product([1, 4, 12], [8], [torch.float32, torch.float64], [False, True], ["triangle"]),
+    *product([6], [1], [torch.float32, torch.float64], [False, True], ["triangle"]),
+    *product([4], [8], [torch.float32, torch.float64], [False], HOST_NAMES),
+]
+
+
+@pytest.mark.parametrize(("T", "kept", "dtype", "grid", "kind"), JOINT)
+def test_sums_for_training_and_their_gradients_are_those_of_the_reference(
+    T, kept, dtype, grid, kind, instruction_set
+):
     low, high, weights, powers = given = random_joint(T, kept, dtype, grid=grid)
     windows = Windows(kept)
     surrogate = Surrogate(kind, alpha=1.5)
-    trained = Trained(1.0, kind, 1.5, width)
-    found = operator.joint_sums((low, high), weights, powers, trained, windows)
-    neuron = reference.Spiking(1.0, False, lambda z: surrogate.spike(z / width))
+    found = operator.joint_sums((low, high), weights, powers, Trained(1.0, kind, 1.5, 0.5), windows)
+    neuron = reference.Spiking(1.0, False, lambda z: surrogate.spike(z / 0.5))
     expected = reference.differentiable_sums((low, high), weights, powers, neuron, windows)
-    return found, expected, gradients(found, given), gradients(expected, given)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("T", "kept"), [(1, 8), (4, 8), (6, 1), (12, 8)])
-@pytest.mark.parametrize("grid", [False, True])
-def test_sums_for_training_and_their_gradients_are_those_of_the_reference(
-    T, kept, dtype, grid, instruction_set
-):
-    found, expected, grads, wanted = both(T, kept, dtype, grid=grid)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
-    close = 1e-4 if dtype == torch.float32 else 1e-12
+    assert_equal(found, expected)
+    close = 1e-4 if dtype == torch.float32 else 1e-9
+    grads, wanted = gradients(found, given), gradients(expected, given)
     for one, other in zip(grads, wanted, strict=True):
         size = float(other.detach().abs().max())
         assert size > 0 or T == 1
         assert_close(one, other, rtol=close, atol=close * size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_surrogate_has_its_own_derivative(kind, instruction_set):
-    for dtype, close in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
-        _, _, grads, wanted = both(4, 8, dtype, kind)
-        for one, other in zip(grads, wanted, strict=True):
-            size = float(other.detach().abs().max())
-            assert_close(one, other, rtol=close, atol=close * size)
+OF_CHAINS = ("low", "high", "to_last", "from_first", "scale", "shift", "grads")
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, 3])
-def test_the_kernel_of_training_refuses_mixed_dtypes_whose_memory_it_would_misread(place):
-    given = list(random_joint(4, 8, torch.float64))
-    given[place] = given[place].float()
-    low, high, weights, powers = given
-    message = r"must have one dtype, got \['torch.float32', 'torch.float64'\]"
-    with pytest.raises(ValueError, match=message):
-        operator.joint_sums(
-            (low, high), weights, powers, Trained(1.0, "triangle", 1.0, 1.0), Windows(8)
-        )
-
-
-@pytest.mark.parametrize(
-    "part", ["low", "high", "to_last", "from_first", "scale", "shift", "grads"]
-)
-def test_the_kernels_of_chains_refuse_mixed_dtypes(part):
-    names = ("low", "high", "to_last", "from_first", "scale", "shift", "grads")
-    given = {name: rand(3, 3, 2) for name in names}
-    given[part] = given[part].float()
-    grads = (given.pop("grads"), rand(3, 3, 2))
+@pytest.mark.parametrize("place", range(4 + len(OF_CHAINS)))
+def test_kernels_refuse_mixed_dtypes_whose_memory_they_would_misread(place):
+    neuron = Trained(1.0, "triangle", 1.0, 1.0)
+    tensors = [*random_joint(4, 8, torch.float64), *rand(len(OF_CHAINS), 3, 3, 2)]
+    tensors[place] = tensors[place].float()
+    low, high, weights, powers, *parts = tensors
+    chains = dict(zip(OF_CHAINS, parts, strict=True))
+    grads = (chains.pop("grads"), rand(3, 3, 2))
+    joint = partial(operator.joint_sums, (low, high), weights, powers, neuron, Windows(8))
+    chained = partial(cpp.chain_sums_backward, grads, SimpleNamespace(**chains), None)
     with pytest.raises(ValueError, match="must have one dtype"):
-        cpp.chain_sums_backward(grads, SimpleNamespace(**given), None)
-    rows = torch.zeros(5, dtype=torch.int32)
-    with pytest.raises(ValueError, match="must have one dtype"):
-        cpp.chain_sums(rows, rows, (rand(3, 3, 2), rand(3, 3, 2).float()))
-
-
-@pytest.mark.parametrize(("T", "kept"), [(4, 8), (6, 2)])
-def test_gradients_of_weights_are_finite_differences(T, kept):
-    low, high, weights, powers = random_joint(T, kept, torch.float64)
-    trained = Trained(1.0, "triangle", 1.0, 1.0)
-    windows = Windows(kept)
-
-    def total(w):
-        ends = operator.joint_sums((low, high), w, powers, trained, windows)
-        return (ends[0] + 2.0 * ends[1]).sum()
-
-    (found,) = torch.autograd.grad(total(weights), weights)
-    step = 1e-6
-    for place in range(weights.numel()):
-        moved = torch.zeros_like(weights).flatten()
-        moved[place] = step
-        moved = moved.view_as(weights)
-        slope = (total(weights + moved) - total(weights - moved)) / (2 * step)
-        assert_close(found.flatten()[place], slope, rtol=1e-6, atol=1e-6)
+        (joint if place < 4 else chained)()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck of torch 2.15
 def test_torch_knows_the_operators():
     currents, numbers, windows = random_steps("four steps", M=5)
-    given = [getattr(currents, field.name) for field in fields(Currents)]
-    named = {field.name: getattr(numbers, field.name) for field in fields(Constants)}
-    named["gains"] = list(named["gains"])
+    given = list(vars(currents).values())
+    named = {**vars(numbers), "gains": list(numbers.gains)}
     torch.library.opcheck(
         torch.ops.sj_robust.bounded_steps.default, given, named | {"kept": 8, "backend": "cpp"}
     )
     trains = random_trains(4, windows, M=120)
-    parts = [getattr(trains, field.name) for field in fields(Trains)]
+    parts = vars(trains).values()
     torch.library.opcheck(
         torch.ops.sj_robust.train_sums.default,
         [randn(3, 4), *parts],
@@ -361,8 +296,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         trained = Trained(1.0, "triangle", 1.0, 1.0)
         ends = operator.joint_sums((low, high), weights, powers, trained, Windows(8))
         found.append([steps.v_low, *ends, *gradients(ends, tensors)])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    assert_equal(*found)
 
 
 def chain_gradients(backend, slope, *, centred):
@@ -387,78 +321,14 @@ def chain_gradients(backend, slope, *, centred):
     return *found, *torch.autograd.grad(total, [low, high, weights])
 
 
-def check_chains():
-    # a triangle has no derivative far from its gate, which the kernel omits; a sigmoid has one
-    slopes = surrogate.Sigmoid(), surrogate.PiecewiseQuadratic()
-    for centred, slope in product((False, True), slopes):
-        given = (chain_gradients(name, slope, centred=centred) for name in ("auto", "reference"))
-        for one, other in zip(*given, strict=True):
-            assert other.any()
-            assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-def test_sums_over_chains_and_their_gradients_are_those_of_the_reference(instruction_set):
-    check_chains()
-
-
-FAULTS = {
-    "a rounding forgotten": (
-        "proving.h",
-        "drift[i] = drift[i] + rounded;",
-        "drift[i] = drift[i] + 0.0;",
-    ),
-    "one sure window taken for all": (
-        "proving.h",
-        "all_sure[i] &= sure[i] | (here ^ 1);",
-        "all_sure[i] = sure[i] & here;",
-    ),
-    "a derivative at the wrong end": (
-        "training.h",
-        "through_spike(low(t, slot), grad_low(t, slot))",
-        "through_spike(high(t, slot), grad_low(t, slot))",
-    ),
-    "a gate left out": (
-        "training.h",
-        "count += slope[i] != 0;",
-        "count += slope[i] > 0.5;",
-    ),
-}
-"""Those that change the fewest numbers, of steps for proofs and for training."""
-
-
-def built(folder, name=None, old="", new=""):
-    """A library of these kernels, with another text in one of its files."""
-    own = Path(cpp.__file__).parent
-    for part in ("dlif", "trains"):
-        shutil.copytree(own.parent / part, folder / part, ignore=shutil.ignore_patterns("*.so"))
-    if name is not None:
-        text = (folder / "trains" / name).read_text(encoding="utf-8")
-        assert text.count(old) == 1, old
-        (folder / "trains" / name).write_text(text.replace(old, new), encoding="utf-8")
-    library = folder / "kernel.so"
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-pthread", "-fPIC", "-shared"]
-    source = folder / "trains" / "kernel.cpp"
-    subprocess.run(["c++", *flags, str(source), "-o", str(library), "-ldl"], check=True)
-    return dlif_cpp.ctypes.CDLL(str(library))
-
-
-def check_all():
-    for case in ("four steps", "many steps"):
-        check_steps(case)
-    check_sums(6, 8, False)
-    check_chains()
-    for one, other in zip(*both(5, 8, torch.float64, width=1.0)[2:], strict=True):
-        assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_a_fault_in_the_kernel_is_noticed(fault, tmp_path, monkeypatch):
-    library = built(tmp_path, *FAULTS.get(fault, ()))
-    monkeypatch.setattr(cpp, "load_library", lambda: library)
-    if fault is None:
-        check_all()
-        return
-    with pytest.raises(AssertionError):
-        check_all()
+# a triangle has no derivative far from its gate, which the kernel omits; a sigmoid has one
+@pytest.mark.parametrize("slope", [surrogate.Sigmoid(), surrogate.PiecewiseQuadratic()])
+@pytest.mark.parametrize("centred", [False, True])
+def test_sums_over_chains_and_their_gradients_are_those_of_the_reference(
+    slope, centred, instruction_set
+):
+    found, expected = (
+        chain_gradients(name, slope, centred=centred) for name in ("auto", "reference")
+    )
+    assert all(other.any() for other in expected)
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)

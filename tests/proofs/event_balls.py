@@ -126,9 +126,9 @@ class Kind:
             given["largest_shift"] = 1
         return given
 
-    def ball(self, x: Tensor, budget: float) -> Events:
+    def ball(self, x: Tensor, budget: float, shift: int = 1) -> Events:
         if self.moves:
-            return MovedEvents.of(x, budget, 1, counts=self.counts)
+            return MovedEvents.of(x, budget, shift, counts=self.counts)
         return Flips(budget, self.counts)
 
     def threat(self, budget: int) -> ThreatModel:

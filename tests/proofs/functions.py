@@ -2,10 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
-
-from sj_robust.proofs.bounds import BoundedRun
-from sj_robust.proofs.spiking import Interval
 
 SAMPLES = 3
 SHAPE = (2, SAMPLES, 4, 6)
@@ -113,7 +111,7 @@ OPERATIONS = {
 
 
 class Function(nn.Module):
-    """An operation as a part of a network."""
+    """An operation of the table as a part of a network."""
 
     def __init__(self, name):
         super().__init__()
@@ -123,6 +121,23 @@ class Function(nn.Module):
         return OPERATIONS[self.name](x)
 
 
+class Behind(nn.Module):
+    """An operation on images as [T, N, 4, 6], then neurons and logits."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.operation = operation
+        width = operation(torch.rand(SHAPE)).flatten(2).shape[2]
+        self.first = layer.Linear(width, 16)
+        self.first.weight.data *= 3
+        self.node = neuron.LIFNode(step_mode="m")
+        self.last = layer.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.operation(x.squeeze(2)).flatten(2)
+        return self.last(self.node(self.first(x)))
+
+
 def box(radius, *, scale=1.0, seed=0):
     """A box of float32 values: its lower and upper ends."""
     drawn = torch.Generator().manual_seed(seed)
@@ -130,33 +145,3 @@ def box(radius, *, scale=1.0, seed=0):
     widths = radius * torch.rand(SHAPE, generator=drawn)
     widths = widths * (torch.rand(SHAPE, generator=drawn) < 0.8)
     return centre - widths, centre + widths
-
-
-def bounds_of(function, low, high):
-    """Bounds of a function's results while its argument is in the box."""
-    run = BoundedRun({}, SAMPLES)
-    with torch.enable_grad():
-        x = run.leaf(Interval(low.double(), high.double()), 1)
-        found = function(x)
-    return found.lower.detach(), found.upper.detach()
-
-
-def points(low, high, count, *, seed=0):
-    """Values of the box: its corners and random ones."""
-    drawn = torch.Generator().manual_seed(seed)
-    for number in range(count):
-        share = torch.rand(low.shape, generator=drawn)
-        if number % 2:
-            share = share.round()
-        yield (low + (high - low) * share).clamp(low, high)
-
-
-def outside(function, low, high, count, *, seed=0):
-    """How many of so many points of a box give a value outside the bounds."""
-    least, most = bounds_of(function, low, high)
-    number = 0
-    for z in points(low, high, count, seed=seed):
-        value = function(z).double()
-        inside = (value >= least) & (value <= most)
-        number += not bool(inside.all())
-    return number

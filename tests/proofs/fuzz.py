@@ -1,9 +1,10 @@
 """Looks for an input that leaves the bounds of verify, on random networks; run by hand.
 
 ``python -m proofs.fuzz --inputs 1000000``, in tests/, tries so many perturbed inputs: random ones,
-corners of the ball and steps along the gradient of a logit or of a spike of one neuron. It stops at
-the first spike, sum over time of spikes, potential, logit or margin outside its bounds, with the
-seed that makes the network again.
+ends of the ball and steps along the gradient of a logit or of a spike of one neuron; with ``--norm
+L0`` or ``moves`` changed or moved events. It stops at the first current, spike, sum over time of
+spikes, potential, result of a function, logit or margin outside its bounds, with the seed that
+makes the network again.
 """
 
 import argparse
@@ -11,69 +12,43 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 
-import pytest
 import torch
+from proofs.functions import Function
 from spikingjelly.activation_based import functional, layer, neuron
-from torch import nn
+from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks.projection import linf_bounds
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.core.preserved import full_precision
+from sj_robust.core.preserved import sums_of_products
 from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
-from sj_robust.proofs import verify
-from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
+from sj_robust.proofs import UnsoundBoundsError, verify
+from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
 from sj_robust.proofs.changes import Flips
-from sj_robust.proofs.joint import JointRun, OverTime
+from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import MovedEvents
-from sj_robust.proofs.rules import Bounds
-from sj_robust.proofs.spiking import Float32Spiking, LayerBounds
+from sj_robust.proofs.points import Points
+from sj_robust.proofs.soundness import WatchedJointRun, WatchedRun, check_point
 
 METHODS = ["joint"] * 14 + ["ibp"] * 4 + ["mip"] * 2
 IMAGES = 2
-T = 4
+COPIES = 16
+"""Inputs of each image that run together."""
 STEPS = (4, 1, 2, 6, 4, 11)
-EVERY = 8
-"""Networks of which one has ReLU."""
 RELEASE = version("spikingjelly")
 BACKENDS = [name for name, state in available_backends().items() if state == "available"]
 if RELEASE >= "2":
     BACKENDS.append("spikingjelly")
+FUNCTIONS = ("relu", "sigmoid", "silu", "gelu", "abs", "softplus", "clamp", "square as a product")
 
 
-def main(check: Callable[[int, int], Counter], about: str) -> None:
-    """Check networks in turn until enough inputs are tried."""
-    parser = argparse.ArgumentParser(description=about.split("\n")[0])
-    parser.add_argument("--inputs", type=int, default=1_000_000, help="inputs to try (1000000)")
-    parser.add_argument("--points", type=int, default=8000, help="inputs per network (8000)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
-    options = parser.parse_args()
-    totals = Counter()
-    seed = options.seed
-    began = time.monotonic()
-    while totals["inputs"] < options.inputs:
-        try:
-            totals += check(seed, options.points)
-        except AssertionError as error:
-            sys.exit(f"--seed {seed}: {error}")
-        seed += 1
-        counts = ", ".join(f"{count} {name}" for name, count in totals.items())
-        print(f"{counts}; seed {seed}, {time.monotonic() - began:.0f} s", flush=True)
-    print(f"SpikingJelly {RELEASE}: nothing left its bounds")
-
-
-def random_node(case: random.Random, grid: bool, T: int, relu: bool = False) -> nn.Module:
-    """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs; or ReLU."""
-    if relu and case.random() < 0.7:
-        return nn.ReLU()
+def random_node(case: random.Random, grid: bool, T: int) -> nn.Module:
+    """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs."""
     given = {
         "v_reset": case.choice([0.0, None, -0.5, 0.2]),
         "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0]),
@@ -94,6 +69,32 @@ def random_node(case: random.Random, grid: bool, T: int, relu: bool = False) -> 
     return neuron.ParametricLIFNode(tau, **given)
 
 
+class Residual(nn.Module):
+    def __init__(self, *inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(*inside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x) + x
+
+
+class Attention(nn.Module):
+    """Of spikes, with or without a softmax."""
+
+    def __init__(self, case: random.Random, grid: bool, channels: int, T: int) -> None:
+        super().__init__()
+        maps = [layer.Conv2d(channels, channels, 1) for _ in range(3)]
+        self.parts = nn.ModuleList(nn.Sequential(one, random_node(case, grid, T)) for one in maps)
+        self.softmax = case.random() < 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).flatten(-2) for part in self.parts)
+        weights = q @ k.transpose(-1, -2) * 0.25
+        if self.softmax:
+            weights = torch.softmax(weights, -1)
+        return x + (weights @ v).view(x.shape)
+
+
 POOLING = [
     None,
     None,
@@ -104,17 +105,8 @@ POOLING = [
 ]
 
 
-class Residual(nn.Module):
-    def __init__(self, *inside: nn.Module) -> None:
-        super().__init__()
-        self.inside = nn.Sequential(*inside)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inside(x) + x
-
-
-def random_network(case: random.Random, grid: bool, T: int, relu: bool) -> nn.Sequential:
-    """One to three convolutions with what may stand around them, then linear layers."""
+def convolutions(case: random.Random, grid: bool, T: int, functions: bool) -> list[nn.Module]:
+    """One to three convolutions with what may stand around them."""
     parts: list[nn.Module] = []
     channels = 2
 
@@ -123,52 +115,58 @@ def random_network(case: random.Random, grid: bool, T: int, relu: bool) -> nn.Se
             return []
         return [layer.BatchNorm2d(channels)]
 
-    def spiking(share: float) -> list[nn.Module]:
-        node = random_node(case, grid, T, relu)
-        return [node] if case.random() < share else []
-
     def residual(channels: int) -> nn.Module:
         groups = case.choice([1, channels])
         convolution = layer.Conv2d(channels, channels, 3, padding=1, groups=groups)
-        return Residual(convolution, *normalised(channels), *spiking(0.7))
+        nodes = [random_node(case, grid, T)] if case.random() < 0.7 else []
+        return Residual(convolution, *normalised(channels), *nodes)
 
-    def block(channels: int, wide: int) -> list[nn.Module]:
-        size = case.choice([1, 3, 5])
-        convolution = layer.Conv2d(
-            channels,
-            wide,
-            size,
-            stride=case.choice([1, 2]),
-            padding=size // 2,
-            groups=case.choice([1, 2]),
-            bias=case.random() < 0.7,
-        )
-        return [convolution, *normalised(wide), *spiking(1.0)]
+    def function(channels: int) -> nn.Module:
+        kind = case.choice(["attention", "norm", *FUNCTIONS])
+        if kind == "attention":
+            return Attention(case, grid, channels, T)
+        return layer.GroupNorm(2, channels) if kind == "norm" else Function(kind)
 
     for _ in range(case.randint(1, 3)):
         if parts and case.random() < 0.4:
             parts.append(residual(channels))
         else:
             wide = case.choice([2, 4, 6])
-            parts += block(channels, wide)
+            size = case.choice([1, 3, 5])
+            convolution = layer.Conv2d(
+                channels,
+                wide,
+                size,
+                stride=case.choice([1, 2]),
+                padding=size // 2,
+                groups=case.choice([1, 2]),
+                bias=case.random() < 0.7,
+            )
+            parts += [convolution, *normalised(wide), random_node(case, grid, T)]
             channels = wide
+        if functions and case.random() < 0.5:
+            parts.append(function(channels))
         pool = case.choice(POOLING)
         if pool is not None:
             parts.append(pool())
-    bias = case.random() < 0.5
-    head = layer.Linear(4 * channels, 3, bias=bias)
-    parts += [layer.AdaptiveAvgPool2d(2), layer.Flatten(), head]
-    return nn.Sequential(*parts, *spiking(0.3))
+    return [*parts, layer.AdaptiveAvgPool2d(2), layer.Flatten(), layer.Linear(4 * channels, 3)]
 
 
 def random_classifier(
-    case: random.Random, grid: bool, T: int = T, relu: bool = False
+    case: random.Random, grid: bool, T: int, *, functions: bool = False, events: bool = False
 ) -> SpikingClassifier:
     """A network in evaluation mode that fires. On the grid potentials meet thresholds but for
-    rounding. With ``relu`` it has one time step, and ReLU in the place of some neurons.
+    rounding.
     """
-    steps = 1 if relu else T
-    net = random_network(case, grid, steps, relu)
+    if case.random() < (0.4 if events else 0.1):
+        nodes = [random_node(case, grid, T) for _ in range(2)]
+        sizes = [layer.Linear(72, 5), layer.Linear(5, 4), layer.Linear(4, 3)]
+        parts = [layer.Flatten(), sizes[0], nodes[0], sizes[1], nodes[1], sizes[2]]
+    else:
+        parts = convolutions(case, grid, T, functions)
+    if case.random() < 0.3:
+        parts.append(random_node(case, grid, T))
+    net = nn.Sequential(*parts)
     fill_batch_norms(net, least_variance=0.05)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -179,10 +177,10 @@ def random_classifier(
     functional.set_step_mode(net, case.choice("ms"))
     if case.random() < 0.3:
         net.fused = fuse(net).stages
-    if case.random() < 0.3:
-        return SpikingEventClassifier(net, steps).eval()
+    if events or case.random() < 0.3:
+        return SpikingEventClassifier(net, T).eval()
     statistics = {} if grid else {"mean": [0.5, 0.4], "std": [0.3, 0.2]}
-    return SpikingClassifier(net, steps, **statistics).eval()
+    return SpikingClassifier(net, T, **statistics).eval()
 
 
 def fill_batch_norms(net: nn.Module, *, least_variance: float) -> None:
@@ -195,400 +193,151 @@ def fill_batch_norms(net: nn.Module, *, least_variance: float) -> None:
             module.bias.data.normal_()
 
 
-@dataclass
-class StepBounds:
-    """What bounds say of one step of a layer, or of all, [T, N, *], once they are stacked."""
-
-    h_low: torch.Tensor  # before firing
-    h_high: torch.Tensor
-    sure: torch.Tensor  # it fires
-    possible: torch.Tensor  # it may fire
-    v_low: torch.Tensor  # after the reset
-    v_high: torch.Tensor
-
-    @classmethod
-    def stacked(cls, steps: list["StepBounds"]) -> "StepBounds":
-        """Bounds of all steps in one."""
-        parts = {}
-        for field in fields(cls):
-            parts[field.name] = torch.stack([getattr(step, field.name) for step in steps])
-        return cls(**parts)
-
-    def for_points(self) -> "StepBounds":
-        """The same with an axis for the inputs of each image, [T, N, 1, *]."""
-        parts = {name: part.unsqueeze(2) for name, part in vars(self).items()}
-        return StepBounds(**parts)
-
-    def assert_hold(self, fired: torch.Tensor, v: torch.Tensor, layer: str) -> None:
-        """AssertionError unless spikes and potentials after the reset are inside."""
-        assert (fired >= self.sure).all(), f"a spike of {layer} is missing"
-        assert (fired <= self.possible).all(), f"a spike of {layer}"
-        assert (v >= self.v_low).all(), f"a potential of {layer} is too low"
-        assert (v <= self.v_high).all(), f"a potential of {layer} is too high"
-        # where nothing fires the potential is still the charged one
-        inside = (v >= self.h_low) & (v <= self.h_high)
-        assert (fired | inside).all(), f"a charged potential of {layer}"
-
-    def assert_within(self, wider: "StepBounds", what: str) -> None:
-        """AssertionError unless these bounds are nowhere looser than others, but for what float64
-        rounds.
-        """
-        rounding = 1e-12
-        assert (wider.h_low - rounding <= self.h_low).all(), what
-        assert (self.h_high <= wider.h_high + rounding).all(), what
-        assert (wider.sure <= self.sure).all(), what
-        assert (self.possible <= wider.possible).all(), what
-        assert (wider.v_low - rounding <= self.v_low).all(), what
-        assert (self.v_high <= wider.v_high + rounding).all(), what
+def random_images(case: random.Random, model: SpikingClassifier, grid: bool) -> Tensor:
+    """Images or frames of events, on a grid where the network is on one."""
+    events = isinstance(model, SpikingEventClassifier)
+    levels = 1 if events else case.choice([1, 2, 10])
+    x = torch.rand(IMAGES, *[model.T] * events, 2, 6, 6)
+    return x.mul(levels).round() / levels if events or grid else x
 
 
-class Keeps(Float32Spiking):
-    """A call of a layer that keeps the bounds of every step with the layer."""
-
-    def step(self, v, x):
-        h, spikes = super().step(v, x)
-        after = self.reset(h, spikes)
-        found = StepBounds(
-            h_low=h.low,
-            h_high=h.high,
-            sure=spikes.low.bool(),
-            possible=spikes.high.bool(),
-            v_low=after.low,
-            v_high=after.high,
-        )
-        kept(self.layer).append(found)
-        return h, spikes
+def random_ball(case: random.Random, norm: str, x: Tensor, grid: bool) -> tuple:
+    """A radius, what else a proof is told, and the ball."""
+    if norm == "Linf":
+        some = 10 ** case.uniform(-3.5, -1)
+        eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
+        return eps, {}, eps
+    budget = case.choice([1, 1, 2, 3, 5, 10])
+    counts = bool((x > 1).any())
+    given = {"norm": norm, "counts": counts}
+    if norm == "L0":
+        return budget, given, Flips(budget, counts)
+    T = x.shape[1]
+    given["largest_shift"] = case.choice([None, min(1, T - 1) or None, min(2, T - 1) or None])
+    return budget, given, MovedEvents.of(x, budget, given["largest_shift"], counts=counts)
 
 
-class Recorded(BoundedRun):
-    """A run of intervals that keeps the bounds of every spiking layer and step."""
-
-    def _spiking(self, neuron):
-        return Keeps(neuron, self.layers[neuron.name])
-
-
-class RecordedJoint(JointRun):
-    """A run of joint bounds that keeps them."""
-
-    def spikes(self, neuron, x_seq):
-        found = super().spikes(neuron, x_seq)
-        steps = []
-        for step in self.memories[neuron.name].steps:
-            bounds = StepBounds(
-                h_low=step.h.low,
-                h_high=step.h.high,
-                sure=step.spikes.low.bool(),
-                possible=step.spikes.high.bool(),
-                v_low=step.v.low,
-                v_high=step.v.high,
-            )
-            steps.append(bounds)
-        kept(self.layers[neuron.name])[:] = steps
-        return found
-
-
-def kept(layer: LayerBounds) -> list[StepBounds]:
-    """What a layer has kept, step by step."""
-    return vars(layer).setdefault("kept", [])
-
-
-def bounds_of(run: BoundedRun) -> dict[str, StepBounds]:
-    """By layer what its steps have kept."""
-    return {name: StepBounds.stacked(kept(layer)) for name, layer in run.layers.items()}
-
-
-@dataclass
-class Proved:
-    """All that bounds say of a network on some images."""
-
-    margin: torch.Tensor  # [N, 1, 1]
-    logits: Bounds
-    layers: dict[str, StepBounds]
-    run: JointRun
-
-    @classmethod
-    def of(
-        cls,
-        model: SpikingClassifier,
-        x,
-        y,
-        eps: float,
-        method: str,
-        norm: str = "Linf",
-        largest_shift: int | None = None,
-        counts: bool = False,
-    ) -> "Proved":
-        """Joint bounds, held against those of intervals, and the margin of a method."""
-        given = {"norm": norm, "largest_shift": largest_shift, "counts": counts}
-        result = verify(model, x, y, eps, method=method, time_limit=1.0, **given)
-        ball = Flips(eps, counts) if norm == "L0" else eps
-        if norm == "moves":
-            ball = MovedEvents.of(x, eps, largest_shift, counts=counts)
-        margin = torch.tensor(result.margin, dtype=torch.float64)
-        neurons = bounded_neurons(model)
-        intervals = Recorded(neurons, len(x))
-        with full_precision(x.device):
-            maps = Maps(partial(bounded_logits, model), neurons, x[0])
-            run = RecordedJoint(neurons, len(x), over_time=OverTime(maps, model.T))
-            wider = bounded_logits(model, intervals, x, ball)
-            logits = bounded_logits(model, run, x, ball)
-            lead = run.lead(logits, y)
-            assert (lead <= intervals.lead(wider, y)).all(), "a looser margin"
-        layers = bounds_of(run)
-        for name, wide in bounds_of(intervals).items():
-            layers[name].assert_within(wide, f"looser bounds of {name}")
-        return cls(margin=margin.view(-1, 1, 1), logits=logits, layers=layers, run=run)
-
-    @property
-    def open_spikes(self) -> int:
-        """Spikes that may be and may not be."""
-        is_open = [layer.possible & ~layer.sure for layer in self.layers.values()]
-        return sum(int(spikes.sum()) for spikes in is_open)
-
-    def assert_logits(self, found: torch.Tensor, y: torch.Tensor) -> None:
-        """AssertionError unless logits of several inputs for each image are inside."""
-        rows = found.detach().double().unflatten(0, (len(y), -1))
-        assert (rows >= self.logits.lower.unsqueeze(1)).all(), "a logit is too low"
-        assert (rows <= self.logits.upper.unsqueeze(1)).all(), "a logit is too high"
-        label = y.view(-1, 1, 1).expand(-1, rows.shape[1], 1)
-        rival = rows.scatter(2, label, -torch.inf).amax(2, keepdim=True)
-        assert (rows.gather(2, label) - rival >= self.margin).all(), "a margin"
-
-    def assert_layers(self, seen: dict, case: random.Random) -> int:
-        """AssertionError unless spikes and potentials are inside; returns the number of spikes."""
-        total = 0
-        for name, (spikes, v) in seen.items():
-            by_image = (len(self.margin), -1)
-            fired = spikes.detach().bool().unflatten(1, by_image)
-            potential = v.detach().double().unflatten(1, by_image)
-            self.layers[name].for_points().assert_hold(fired, potential, name)
-            assert_sums(self.run, name, fired.double(), case)
-            total += fired.numel()
-        return total
-
-
-@contextmanager
-def float32_products(model: SpikingClassifier, *, climbs: bool, onednn: bool) -> Iterator[None]:
-    """Forwards with or without a gradient, by torch's own code or by oneDNN's."""
+def uphill(case: random.Random, model: SpikingClassifier, z: Tensor) -> Tensor:
+    """The gradient of a value of its own for every input: a logit or a spike, which is to rise or
+    to fall.
+    """
+    outputs = []
+    hooks = []
     for module in model.modules():
         if isinstance(module, neuron.BaseNode):
-            # in evaluation mode the older release has no gradient, and code of its own
-            module.train(climbs)
-    products = torch.backends.mkldnn.flags(onednn, allow_tf32=None)
-    with torch.backends.nnpack.flags(False), products, torch.set_grad_enabled(climbs):
-        yield
+            # in evaluation mode the older release has no gradient
+            keep = partial(kept, outputs, by_step=module.train().step_mode == "m")
+            hooks.append(module.register_forward_hook(keep))
+    z = z.clone().requires_grad_()
+    outputs.append(model(z))
+    for hook in hooks:
+        hook.remove()
+    model.eval()
+    values = case.choice(outputs).flatten(1)
+    places = torch.randint(values.shape[1], (len(z), 1))
+    total = (values.gather(1, places).squeeze(1) * torch.randn(len(z))).sum()
+    (gradient,) = torch.autograd.grad(total, z, allow_unused=True)
+    return torch.randn_like(z) if gradient is None else gradient + 1e-9 * torch.randn_like(z)
 
 
-def check(seed: int, points: int) -> Counter:
+def kept(outputs: list, module: nn.Module, args: tuple, out: Tensor, *, by_step: bool) -> None:
+    outputs.append(out.movedim(0, 1) if by_step else out)
+
+
+def moved(case: random.Random, points: Points, x: Tensor) -> Tensor:
+    """One input of the ball for each: drawn, one of its ends, changed around one place, or along a
+    gradient.
+    """
+    way = case.choice(["drawn", "end", "place", "uphill"])
+    ball = points.eps
+    noise = torch.randn_like(x)
+    if way == "uphill":
+        return points.lowest(x, uphill(case, points.logits, x))
+    if way == "drawn" and isinstance(ball, float):
+        low, high = linf_bounds(x, eps=ball)
+        return (low + (high - low) * torch.rand_like(x)).clamp(low, high)
+    if way == "place":
+        row, column = (torch.arange(6) - case.randrange(6) for _ in range(2))
+        noise = noise / (1 + row.abs().view(-1, 1) + column.abs())
+    return points.lowest(x, noise)
+
+
+def check(seed: int, points: int, norm: str = "Linf") -> Counter:
     """Try so many inputs of a random network; AssertionError says what left its bounds."""
     case = random.Random(seed)
     torch.manual_seed(seed)
     grid = case.random() < 0.4
-    relu = seed % EVERY == 0
-    steps = 1 if relu else STEPS[seed % len(STEPS)]
-    model = random_classifier(case, grid, steps, relu)
-    method = case.choice(METHODS[:-2] if relu else METHODS)
-    some = 10 ** case.uniform(-3.5, -1)
-    eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
+    T = STEPS[seed % len(STEPS)]
+    functions = norm == "Linf" and case.random() < 0.3
+    model = random_classifier(case, grid, T, functions=functions, events=norm != "Linf")
     x = random_images(case, model, grid)
+    if norm != "Linf":
+        x *= torch.rand(x.shape) < case.choice([0.2, 0.6, 1.0])
+        x *= torch.randint(1, case.choice([2, 2, 4]), x.shape)
+    eps, given, ball = random_ball(case, norm, x, grid)
     y = model(x).argmax(1)
-    proved = Proved.of(model, x, y, eps, method)
-    verified = int((proved.margin > 0).sum())
-    total = Counter(inputs=0, networks=1, verified=verified, spikes=0)
-    if eps == 0:
-        total["spikes open at eps 0"] = proved.open_spikes
-    count = max(1, points // (4 * IMAGES))
-    low, high = (end.repeat_interleave(count, 0) for end in linf_bounds(x, eps=eps))
-    share = torch.rand_like(low)
-    share[::2] = share[::2].round()  # corners
-    z = (low + (high - low) * share).clamp(low, high)
-    uphill = torch.zeros_like(z)
-    for step, onednn in ((0.0, True), (2.0, True), (-2.0, False), (0.5, True)):
-        climbs = step == 0.0
-        moved = z.detach() + step * eps * uphill
-        z = moved.clamp(low, high).requires_grad_(climbs)
-        with float32_products(model, climbs=climbs, onednn=onednn):
-            seen, found = run_of(model, z)
-            # while hooks look, the parts of a stage run apart
-            alone = [model(z)] if hasattr(model.net, "fused") else []
-        for logits in (found, *alone):
-            proved.assert_logits(logits, y)
-        total["spikes"] += proved.assert_layers(seen, case)
-        total["inputs"] += len(z)
-        if climbs:
-            by_input = [spikes.movedim(0, 1) for spikes, _ in seen.values()]
-            uphill = signed_gradient(case, z, [found, *by_input])
+    method = case.choice(METHODS[:-2] if functions or norm != "Linf" else METHODS)
+    result = verify(model, x, y, eps, method=method, time_limit=1.0, **given)
+    margin = torch.tensor(result.margin, dtype=torch.float64).repeat(COPIES)
+    x, y = x.repeat(COPIES, *[1] * (x.ndim - 1)), y.repeat(COPIES)
+    neurons = bounded_neurons(model)
+    source = Points(model, neurons, ball)
+    total = Counter(inputs=0, networks=1, verified=sum(result.verified))
+    try:
+        with sums_of_products(x.device):
+            maps = Maps(partial(bounded_logits, model), neurons, x[0])
+            wide = WatchedRun(neurons, len(x))
+            wider = bounded_logits(model, wide, x, ball)
+            run = WatchedJointRun(neurons, len(x), over_time=OverTime(maps, model.T))
+            logits = bounded_logits(model, run, x, ball)
+            assert (run.lead(logits, y) <= wide.lead(wider, y)).all(), "a looser margin"
+            for name, one in run.layers.items():
+                found, before = torch.tensor([one.undecided, wide.layers[name].undecided])
+                assert (found <= before).all(), f"looser bounds of {name}"
+            while total["inputs"] < points:
+                z = moved(case, source, x)
+                onednn = case.random() < 0.5
+                with torch.backends.mkldnn.flags(onednn, allow_tf32=None):
+                    check_point(model, wide, wider, z)
+                    lead = leads(check_point(model, run, logits, z), y)
+                    total["inputs"] += len(z)
+                    if hasattr(model.net, "fused"):  # its parts ran apart while watched
+                        with torch.no_grad():
+                            lead = torch.minimum(lead, leads(model(z), y))
+                assert (lead >= margin).all(), "a margin"
+    except UnsoundBoundsError as error:
+        raise AssertionError(error) from error
     return total
 
 
-def random_images(case: random.Random, model: SpikingClassifier, grid: bool) -> torch.Tensor:
-    """Images or frames of events, on a grid where the network is on one."""
-    events = isinstance(model, SpikingEventClassifier)
-    levels = 1 if events else case.choice([1, 2, 10])
-    steps = [model.T] if events else []
-    x = torch.rand(IMAGES, *steps, 2, 6, 6)
-    if events or grid:
-        return x.mul(levels).round() / levels
-    return x
+def leads(logits: Tensor, y: Tensor) -> Tensor:
+    """What the logit of each label is above all others, [N], in float64."""
+    label = y.unsqueeze(1)
+    rival = logits.double().scatter(1, label, -torch.inf).amax(1)
+    return logits.double().gather(1, label).squeeze(1) - rival
 
 
-def assert_sums(run: JointRun, name: str, spikes: torch.Tensor, case: random.Random) -> None:
-    """AssertionError unless the count and random sums over time are within their bounds, for
-    spikes [T, N, points, *].
-    """
-    generator = torch.Generator().manual_seed(case.randrange(2**31))
-    weights = torch.randn(6, len(spikes), generator=generator, dtype=torch.float64)
-    weights[0] = 1.0
-    weights[1] = weights[1].sign()
-    weights[2] = weights[2].round()
-    bounds = run.memories[name].trains.bounds(weights)
-    sums = torch.einsum("ft,t...->f...", weights, spikes)
-    rounding = 1e-9
-    low = bounds.low.unsqueeze(2) - rounding
-    high = bounds.high.unsqueeze(2) + rounding
-    assert ((sums >= low) & (sums <= high)).all(), f"a sum over time of {name}"
-
-
-def without_graph(part, x):
-    with torch.no_grad():
-        return part(x)
-
-
-def in_inference_mode(part, x):
-    with torch.inference_mode():
-        return part(x)
-
-
-def in_a_function(part, x):
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return part(x)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad.new_zeros(x.shape)
-
-    return Function.apply(x)
-
-
-def detached(part, x):
-    return part(x.detach())
-
-
-def by_data(part, x):
-    return part(x.data)
-
-
-def through_numpy(part, x):
-    return torch.from_numpy(part(x).detach().numpy())
-
-
-def caught(use):
-    """A branch that is lost where a use of it raises an error, as it does on bounds alone."""
-
-    def way(part, x):
-        found = part(x)
+def main() -> None:
+    """Check networks in turn until enough inputs are tried."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="inputs to try (1000000)")
+    parser.add_argument("--points", type=int, default=8000, help="inputs per network (8000)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
+    parser.add_argument("--norm", default="Linf", help="Linf, L0 or moves (Linf)")
+    options = parser.parse_args()
+    totals = Counter()
+    seed = options.seed
+    began = time.monotonic()
+    while totals["inputs"] < options.inputs:
         try:
-            use(found)
-        except Exception:
-            return 0 * found
-        return found
-
-    return way
-
-
-HIDDEN = [without_graph, in_inference_mode, in_a_function]
-"""Ways to compute outside the graph, which bounds see."""
-
-LOST = [detached, by_data, through_numpy, caught(lambda x: x.detach().numpy())]
-"""Ways out of torch."""
-
-
-class Cut(nn.Module):
-    """A part of a network that runs outside the graph."""
-
-    def __init__(self, part: nn.Module, way) -> None:
-        super().__init__()
-        self.part = part
-        self.way = way
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.way(self.part, x)
-
-
-def check_cut(seed: int) -> bool:
-    """Whether a random network with one of its layers outside the graph has the bounds that it has
-    otherwise, or is refused if values leave torch.
-    """
-    case = random.Random(seed)
-    torch.manual_seed(seed)
-    model = random_classifier(case, grid=False)
-    layers = [
-        name
-        for name, module in model.net.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm)
-    ]
-    events = isinstance(model, SpikingEventClassifier)
-    x = torch.rand(IMAGES, *[T] * events, 2, 6, 6)
-    with torch.no_grad():
-        y = model(x).argmax(1)
-    method = case.choice(("ibp", "joint"))
-    plain = verify(model, x, y, 0.01, method=method)
-    owner, _, name = case.choice(layers).rpartition(".")
-    way = case.choice(HIDDEN + LOST)
-    parent = model.net.get_submodule(owner)
-    setattr(parent, name, Cut(getattr(parent, name), way).eval())
-    try:
-        found = verify(model, x, y, 0.01, method=method)
-    except NotImplementedError:
-        return way in LOST
-    return way in HIDDEN and found.margin == pytest.approx(plain.margin, abs=1e-6)
-
-
-def run_of(model: SpikingClassifier, z: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """Spikes and potentials after the reset of every spiking layer, time steps first, and the
-    logits.
-    """
-    calls = {}
-
-    def keep(name, module, args, out):
-        if module.step_mode == "m":
-            pair = (out, module.v_seq)
-        else:
-            pair = (out.unsqueeze(0), module.v.unsqueeze(0))
-        calls.setdefault(name, []).append(pair)
-
-    hooks = []
-    for name, module in model.net.named_modules():
-        if isinstance(module, neuron.BaseNode):
-            module.store_v_seq = module.step_mode == "m"
-            hooks.append(module.register_forward_hook(partial(keep, name)))
-    logits = model(z)
-    for handle in hooks:
-        handle.remove()
-    seen = {}
-    for name, pairs in calls.items():
-        spikes, potentials = zip(*pairs, strict=True)
-        seen[name] = (torch.cat(spikes), torch.cat(potentials))
-    return seen, logits
-
-
-def signed_gradient(
-    case: random.Random, z: torch.Tensor, outputs: list[torch.Tensor]
-) -> torch.Tensor:
-    """Sign of the gradient of a value of its own for every input: a logit or a spike, which is to
-    rise or to fall.
-    """
-    values = case.choice(outputs).flatten(1)
-    places = torch.randint(values.shape[1], (len(z), 1))
-    chosen = values.gather(1, places).squeeze(1)
-    total = (chosen * torch.randn(len(z))).sum()
-    gradient = torch.autograd.grad(total, z, allow_unused=True)[0]
-    if gradient is None:
-        return torch.zeros_like(z)
-    return gradient.sign()
+            totals += check(seed, options.points, options.norm)
+        except AssertionError as error:
+            sys.exit(f"--seed {seed}: {error}")
+        seed += 1
+        counts = ", ".join(f"{count} {name}" for name, count in totals.items())
+        print(f"{counts}; seed {seed}, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"SpikingJelly {RELEASE}: nothing left its bounds")
 
 
 if __name__ == "__main__":
-    main(check, __doc__)
+    main()

@@ -121,13 +121,6 @@ def batch(model, count):
     return x, model(x).argmax(1)
 
 
-def lead(logits, y):
-    """What the logit of each label is above all others, [N]."""
-    label = y.unsqueeze(1)
-    rival = logits.scatter(1, label, -torch.inf).amax(1)
-    return logits.gather(1, label).squeeze(1) - rival
-
-
 def perturbed(model, x, y, eps):
     """Points of the ball: its corners, random ones, and adversarial ones."""
     at_random = [2 * torch.rand(x.shape) - 1 for _ in range(4)]

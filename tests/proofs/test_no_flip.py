@@ -3,16 +3,20 @@ neuron and reset.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from proofs import fuzz, networks
+import torch.nn.functional as F
+from proofs import networks
+from proofs.formulas import Formula, linear
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
+from sj_robust import DLIFNode
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.neuron.charging import read_charging
-from sj_robust.proofs import UnsoundBoundsError, no_flip_radius, rounding
+from sj_robust.proofs import no_flip_radius, rounding
 
 NEURONS = networks.NEURONS | {
     "IF soft": lambda: neuron.IFNode(v_reset=None),
@@ -39,10 +43,12 @@ def network(node, frames=False):
 
 
 def spikes(model, x):
-    """First layer's spikes in float64."""
-    seen, _ = fuzz.run_of(model, x)
-    found, _ = seen["3"]
-    return found.detach()
+    """First layer's spikes."""
+    seen = []
+    hook = model.net[3].register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    model(x)
+    hook.remove()
+    return seen[0]
 
 
 FORMS = [(name, False) for name in NEURONS]
@@ -145,69 +151,135 @@ def test_no_float32_spike_flips_within_the_radius(name):
         assert (spikes(model, image + step) == usual).all()
 
 
-class Past(nn.Module):
-    """The input beside the spikes."""
-
-    def __init__(self):
-        super().__init__()
-        self.node = neuron.IFNode(step_mode="m")
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.node(x) + x)
+def fires(step_mode="m", **given):
+    return neuron.IFNode(step_mode=step_mode, **given)
 
 
-class Sharpened(nn.Module):
-    """Every frame twice, less the one before it: equal frames stay as they are."""
-
-    def forward(self, x):
-        return 2 * x - torch.cat((x[:1], x[:-1]))
-
-
-class Differences(nn.Module):
-    """Every frame less the one before it: equal frames leave nothing."""
-
-    def forward(self, x):
-        return torch.cat((x[:1] * 0, x[1:] - x[:-1]))
+def gated(gate, *, to_logits, net, x):
+    """Spikes that let the image through: with a gate of them before the last layer."""
+    found = net.fc(gate(net, x) * x)
+    return found if to_logits else net.last(found)
 
 
-@pytest.mark.parametrize("mixes", [Sharpened, Differences])
-def test_frames_that_are_mixed_over_time_are_refused(mixes):
-    net = nn.Sequential(mixes(), nn.Linear(4, 4), neuron.IFNode(step_mode="m"), nn.Flatten(2))
-    frames = torch.rand(2, 3, 1, 1, 4)
-    with pytest.raises(NotImplementedError, match="is not one affine map"):
-        no_flip_radius(SpikingEventClassifier(net, T=3), frames)
+def spikes_of(net, x):
+    return net.node(net.gate(x))
 
 
-def before_a_neuron(part, node):
-    return lambda: nn.Sequential(part, node(step_mode="m"))
+def one_pattern(net, x):
+    """A gate that opens for one of all patterns of 24 spikes."""
+    driven = spikes_of(net, x)  # a layer whose currents are known
+    pattern = net.many(PATTERN.expand(*x.shape[:-1], -1) + 0.0 * driven[..., :1])
+    signs = (PATTERN > 0.5).float() * 2 - 1
+    return torch.relu((pattern * signs).sum(-1, keepdim=True) - (signs > 0).sum() + 1.0)
 
 
-NOT_FOLLOWED = {
-    "past all spiking layers": Past,
-    "is not one affine map": before_a_neuron(nn.Softplus(), neuron.IFNode),
-    "1, which the input drives": before_a_neuron(nn.Linear(4, 4), neuron.QIFNode),
+def half_gate(net, x):
+    """A gate for a few spikes, before something without bounds."""
+    spikes = spikes_of(net, x) * torch.tensor([1.0, -1.0])
+    gate = torch.relu(spikes.sum(-1, keepdim=True) - 0.5)
+    return torch.cumsum(net.fc(gate * torch.sin(x)), 0)
+
+
+def waiting(net, x):
+    """ReLU of the image and spikes is dark where there is no spike."""
+    return net.last(torch.relu(10.0 * x - 20.0 + 16.0 * spikes_of(net, x)))
+
+
+def kinked(net, x):
+    """A kink that no probe meets."""
+    current = 10.0 * net.fc(x)
+    return net.last(current + 10 * torch.relu(current - 6.0))
+
+
+PATTERN = torch.where(torch.rand(24, generator=torch.Generator().manual_seed(0)) < 0.5, 0.1, 1.1)
+FORMULAS = {
+    "past the neurons": (lambda net, x: net.node(x) + x, "past all spiking layers"),
+    "past them, beside a mask": (
+        lambda net, x: net.node(x) + 0.2 * x + torch.tensor([0.0, -1e9]),
+        "past all spiking layers",
+    ),
+    "a function": (lambda net, x: net.node(F.softplus(x)), "is not one affine map"),
+    "another neuron": (lambda net, x: net.quadratic(net.fc(x)), "which the input drives"),
+    "a pattern": (partial(gated, one_pattern, to_logits=False), "last is not one affine map"),
+    "a pattern, logits": (partial(gated, one_pattern, to_logits=True), "past all spiking layers"),
+    "a gate": (partial(gated, spikes_of, to_logits=False), "last is not one affine map"),
+    "a gate, logits": (partial(gated, spikes_of, to_logits=True), "past all spiking layers"),
+    "half a gate": (half_gate, "past all spiking layers"),
+    "waiting": (waiting, "last is not one affine map"),
+    "a kink": (kinked, "not one affine map"),
+    "twice a frame less another": (
+        lambda net, x: net.node(2 * x - torch.cat((x[:1], x[:-1]))),
+        "is not one affine map",
+    ),
+    "differences of frames": (
+        lambda net, x: net.node(torch.cat((x[:1] * 0, x[1:] - x[:-1]))),
+        "is not one affine map",
+    ),
 }
-"""Networks by what is said of them."""
 
 
-@pytest.mark.parametrize("message", NOT_FOLLOWED)
-def test_what_cannot_be_followed_is_named(message):
-    net = NOT_FOLLOWED[message]()
+@pytest.mark.parametrize("name", FORMULAS)
+def test_what_cannot_be_followed_is_named(name):
+    forward, message = FORMULAS[name]
+    net = Formula(
+        lambda net, x: forward(net=net, x=x.flatten(2)),
+        gate=linear([[0.1, 0.0], [0.0, 0.1]], [3.0, 3.0]),
+        fc=linear([[10.0, -10.0], [-10.0, 10.0]], [1.0, 1.0]),
+        node=fires(),
+        last=fires(),
+        many=fires(),
+        quadratic=neuron.QIFNode(step_mode="m"),
+    )
+    x = torch.tensor([[0.51, 0.49]])
+    if "frame" in name:
+        model = SpikingEventClassifier(net, T=4)
+        x = torch.rand(2, 4, 2, 1, 1)
+    else:
+        model = SpikingClassifier(net, T=4)
     with pytest.raises(NotImplementedError, match=message):
-        no_flip_radius(SpikingClassifier(net, T=2), torch.rand(2, 4))
+        no_flip_radius(model.eval(), x)
+
+
+BETWEEN = {
+    "threshold": lambda node, t: setattr(node, "v_threshold", (1.0, 5.0)[t]),
+    "threshold that is a tensor": lambda node, t: node.v_threshold.fill_((1.0, 5.0)[t]),
+    "gain": lambda node, t: node.input_gain.data.copy_(torch.ones(2) / (t + 1)),
+    "reset": lambda node, t: functional.reset_net(node),
+    "potential": lambda node, t: setattr(node, "v", 0.0),
+    "potential before the first call": lambda node, t: setattr(node, "v", node.v if t else -0.15),
+}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_a_neuron_that_is_changed_within_a_forward_has_no_radius(what):
+    def forward(net, x):
+        spikes = []
+        for t in range(2):
+            BETWEEN[what](net.node, t)
+            spikes.append(net.node(net.fc(x[t])))
+        return torch.cat([torch.stack(spikes), 0.3 + 0.0 * torch.stack(spikes)], -1)
+
+    node = DLIFNode(T=2, tau=2.0, step_mode="s")
+    if what == "threshold that is a tensor":
+        node = fires("s")
+        node.v_threshold = torch.tensor(1.0)
+    net = Formula(forward, fc=linear([[1.0]], [0.45]), node=node)
+    model = SpikingClassifier(net, T=2, takes="sequence").eval()
+    with pytest.raises(NotImplementedError, match="node is reset, or its state, threshold"):
+        no_flip_radius(model, torch.tensor([[0.3]]))
 
 
 def test_a_neuron_that_does_not_do_its_equation_is_refused():
-    model = network(neuron.IFNode())
-    model.net[3].neuronal_fire = lambda: model.net[3].v
-    with pytest.raises(NotImplementedError, match="a neuronal_fire of its own"):
-        no_flip_radius(model, torch.rand(1, 2, 6, 6))
-    model = network(neuron.IFNode())
-    step = model.net[3].multi_step_forward
-    model.net[3].multi_step_forward = lambda x: step(2 * x)
-    with pytest.raises(UnsoundBoundsError, match="the layer 3 .IFNode. does not spike"):
-        no_flip_radius(model, torch.rand(1, 2, 6, 6))
+    x = torch.rand(1, 2, 6, 6)
+    for method, message in (
+        ("neuronal_fire", "a neuronal_fire of its own"),
+        ("multi_step_forward", "the layer 3 .IFNode. does not spike"),
+    ):
+        model = network(neuron.IFNode())
+        own = getattr(model.net[3], method, None)
+        setattr(model.net[3], method, lambda x, own=own: own(2 * x))
+        with pytest.raises(NotImplementedError, match=message):
+            no_flip_radius(model, x)
 
 
 def test_wrong_use_is_named():

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from lab.command_line import check_options, describe_folder, run_recipe
+from lab.command_line import describe_folder, run_recipe
 from launch import RECIPES, unboxed
 
 from sj_robust import __main__ as command
@@ -72,14 +72,6 @@ def test_the_help_shows_the_command_and_no_script(said, name):
     assert f"usage: sj-robust {name}" in out
     assert "recipes/" not in out
     assert "python " not in out
-
-
-def test_a_script_says_what_it_said_before(capsys):
-    import adv_train
-
-    with pytest.raises(SystemExit):
-        check_options(adv_train.Options, ["--help"])
-    assert "usage: recipes/adv_train.py" in capsys.readouterr().out
 
 
 def test_folders_errors_and_launchers_name_the_command(said, tmp_path):

@@ -63,7 +63,7 @@ NETWORKS = {
         (
             "runs/one --dataset n_mnist --eps 5",
             FileNotFoundError,
-            "Train.zip, Test.zip not found",
+            "Train.zip",
         ),
         (
             "runs/one --dataset mnits",
@@ -73,7 +73,7 @@ NETWORKS = {
         (
             "runs/one --dataset image_folder:x",
             FileNotFoundError,
-            "x/train does not exist; an image folder",
+            "x/train",
         ),
         ("runs/one --eps 0", ValueError, "eps must be > 0"),
         ("runs/one --eps 8/x", SystemExit, "number or a fraction"),

@@ -2,19 +2,18 @@
 of mistakes.
 """
 
-import json
 from dataclasses import asdict
 from shlex import split
 
 import figures
 import numpy as np
 import pytest
+import sweep
 import torch
 from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
-from lab.figures.draw import draw, load_figure
-from lab.sweeping.record import RECORD_FILE, RunRecord
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from lab.figures.draw import load_figure
+from lab.sweeping.runs import RECORD_FILE, RunRecord
 from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
@@ -23,10 +22,9 @@ from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_network
-from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 from sj_robust.training import save_checkpoint
-from sj_robust.training.history import EpochRecord
+from sj_robust.training.journal import EpochRecord
 
 HISTORY = [
     EpochRecord(
@@ -166,83 +164,12 @@ def test_history_of_a_run_without_report_is_that_of_its_checkpoints(tmp_path):
     assert training_curves(tmp_path / "one").networks == {"one": expected}
 
 
-def study(layers, steps):
-    """An intensity study of a network with many layers."""
-    growing = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    found = {"value": 0.8, "low": 0.7, "high": 0.9}
-    names = [f"net.{index}" for index in range(layers)]
-    measures = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
-    means = dict.fromkeys(INDICATORS, growing)
-    per_step = [[eps] * steps for eps in growing]
-    associations = dict.fromkeys(INDICATORS, dict.fromkeys(measures, found))
-    text = {
-        "format": "sj_robust.intensity",
-        "version": 1,
-        "eps": growing,
-        "samples": 9,
-        "left_out": 0,
-        "resamples": 2,
-        "accuracy": {"pgd": growing[::-1]},
-        "means": {"pgd": dict.fromkeys(names, means)},
-        "per_step": {"pgd": dict.fromkeys(names, per_step)},
-        "associations": {"pgd": dict.fromkeys(names, associations)},
-    }
-    return IntensityCorrelation.from_json(json.dumps(text))
-
-
-def few_layers():
-    return InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}})
-
-
-def many_layers():
-    gains = {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)}
-    return InputGains({"a": gains, "b": gains})
-
-
-def deep():
-    return study(13, 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("data", [one_neuron, few_layers, many_layers, deep])
-def test_figures_fit_print(data):
-    for figure in draw(data()).values():
-        assert figure.get_figwidth() in (3.25, 6.75)  # a column, or both
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        width, height = canvas.get_width_height()
-        for text in figure.findobj(
-            lambda artist: hasattr(artist, "get_fontsize") and artist.get_visible()
-        ):
-            if text.get_text() and text.get_window_extent(renderer).width:
-                assert text.get_fontsize() >= 7, text
-        for axes in figure.axes:
-            labels = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-            boxes = [
-                text.get_window_extent(renderer)
-                for text in labels
-                if text.get_text() and axes.axison
-            ]
-            for box in boxes:
-                assert box.x0 >= 0
-                assert box.x1 <= width
-                assert box.y0 >= 0
-                assert box.y1 <= height
-
-
 def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
-    for rho in (0.0, 1.0, 4.0):
-        for seed in (0, 1):
-            folder = tmp_path / "runs" / f"{rho:g}-{seed}"
-            folder.mkdir(parents=True)
-            counts = {
-                "clean": {"correct": 90 + seed, "total": 100},
-                "pgd20": {"correct": 50 + int(rho), "total": 100},
-            }
-            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(
-                folder / RECORD_FILE
-            )
+    (tmp_path / "sweep.yaml").write_text("{base: digits, grid: {rho: [0, 1, 4]}, seeds: 2}")
+    for run in sweep.plan(sweep.parse(["--output", str(tmp_path)]), tmp_path).runs:
+        run.folder.mkdir(parents=True)
+        counts = {name: {"correct": 50, "total": 100} for name in ("clean", "pgd20")}
+        RunRecord(run.name, run.options, counts).save(run.folder / RECORD_FILE)
     figures.main([str(tmp_path)])
     found = {path.name for path in (tmp_path / "figures").iterdir()}
     assert found == {
@@ -259,7 +186,7 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
     ("options", "error", "reason"),
     [
         ("empty --which gains", FileNotFoundError, "no best.pt in"),
-        ("empty", FileNotFoundError, "holds no runs/.*/run.json; make a sweep"),
+        ("empty", FileNotFoundError, "holds no sweep.yaml"),
         ("plain --which curves", ValueError, "holds no training history"),
         ("broken --which gains", ValueError, "cannot be read as a checkpoint"),
         ("plain --which gains", ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),

@@ -6,13 +6,12 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import fields
 
 import adv_train
 import evaluate
 import pytest
 from covering import each_in_turn
-from lab.command_line import check_options, idle, unused
+from lab.command_line import idle, unused
 from lab.command_line.declared import Idle, marked, texts_of
 from launch import RECIPES, ROOT, unboxed
 
@@ -29,13 +28,6 @@ def test_every_option_has_a_text_and_one_that_may_be_idle_can_be_asked(recipe):
     assert texts_of(recipe.Options).keys() == vars(options).keys()
     for mark in marked(recipe.Options, Idle).values():
         assert isinstance(mark.when(options), bool)
-
-
-def test_the_page_of_the_options_has_all_of_them(recipe):
-    page = (ROOT / "docs" / "options" / f"{recipe.__name__}.md").read_text(encoding="utf-8")
-    told = unboxed(page)
-    for name, text in texts_of(recipe.Options).items():
-        assert " ".join(text.split()) in told, f"{name}: run python docs/options/generate.py"
 
 
 HELP = (["--help-all"], 0, "--output")
@@ -62,11 +54,6 @@ def test_an_answer_that_nobody_reads_ends_without_a_message(words):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-def test_options_are_read_without_a_console(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    check_options(adv_train.Options, ["--epochs", "3"])
 
 
 def check_light(start, words, code, told):
@@ -174,12 +161,6 @@ def test_attacks_on_events_do_not_take_the_options_of_those_on_images():
 def test_what_an_evaluation_ignores(given, ignored):
     options = evaluate.Options(**given)
     assert unused(options, options) == ignored
-
-
-def test_options_used_without_an_evaluation_are_options():
-    names = {field.name for field in fields(evaluate.Options)}
-    for used in (evaluate.USED_TO_COMPARE, evaluate.USED_BY_LEADERBOARD, evaluate.USED_TO_ADD):
-        assert used < names
 
 
 def test_cutout_has_an_effect_where_images_are_augmented():

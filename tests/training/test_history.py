@@ -1,72 +1,32 @@
-from dataclasses import asdict, dataclass
-
 import pytest
 
-from sj_robust.training.history import EpochRecord, catastrophic_overfitting
+from sj_robust.training.journal import EpochRecord, catastrophic_overfitting
+
+HEALTHY = (0.80, 0.55, 0.45)
+"""Validation accuracy: clean, FGSM, PGD."""
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """Validation accuracy."""
-
-    clean: float
-    fgsm: float
-    pgd: float
-
-
-def warning_after(epochs):
+def warned(epochs):
     history = []
-    for number, epoch in enumerate(epochs, 1):
-        record = EpochRecord(
-            epoch=number,
-            losses={},
-            validation=asdict(epoch),
-            lr=0.1,
-        )
-        history.append(record)
-    return catastrophic_overfitting(history)
-
-
-HEALTHY = Epoch(clean=0.80, fgsm=0.55, pgd=0.45)
+    for number, accuracies in enumerate(epochs, 1):
+        validation = dict(zip(("clean", "fgsm", "pgd"), accuracies, strict=True))
+        history.append(EpochRecord(number, {}, validation, 0.1))
+    return catastrophic_overfitting(history) is not None
 
 
 @pytest.mark.parametrize(
-    "epochs",
+    ("epochs", "expected"),
     [
-        [HEALTHY, Epoch(clean=0.85, fgsm=0.90, pgd=0.10)],  # FGSM above clean, PGD gone
-        [
-            HEALTHY,
-            Epoch(clean=0.85, fgsm=0.70, pgd=0.20),
-            Epoch(clean=0.85, fgsm=0.80, pgd=0.05),  # FGSM far above PGD
-        ],
-        [
-            Epoch(clean=0.80, fgsm=0.10, pgd=0.08),  # PGD was low from the start
-            Epoch(clean=0.85, fgsm=0.88, pgd=0.01),
-        ],
+        ([HEALTHY, (0.85, 0.90, 0.10)], True),  # FGSM above clean, PGD gone
+        ([HEALTHY, (0.85, 0.70, 0.20), (0.85, 0.80, 0.05)], True),  # FGSM far above PGD
+        ([(0.80, 0.10, 0.08), (0.85, 0.88, 0.01)], True),  # PGD was low from the start
+        ([], False),
+        ([(0.5, 0.2, 0.1)], False),
+        ([HEALTHY, (0.85, 0.60, 0.50)], False),  # healthy still
+        ([HEALTHY, (0.85, 0.58, 0.40)], False),  # noise
+        ([(0.90, 0.55, 0.45), (0.30, 0.20, 0.18)], False),  # everything falls
+        ([(0.98, 0.70, 0.60), (0.98, 0.71, 0.50)], False),  # an undefended network
     ],
 )
-def test_catastrophic_overfitting_is_seen(epochs):
-    warning = warning_after(epochs)
-    assert f"epoch {len(epochs)}" in warning
-    assert f"{epochs[-1].pgd:.1%} under PGD" in warning
-
-
-@pytest.mark.parametrize(
-    "epochs",
-    [
-        [],
-        [Epoch(clean=0.5, fgsm=0.2, pgd=0.1)],
-        [HEALTHY, Epoch(clean=0.85, fgsm=0.60, pgd=0.50)],  # healthy still
-        [HEALTHY, Epoch(clean=0.85, fgsm=0.58, pgd=0.40)],  # noise
-        [
-            Epoch(clean=0.90, fgsm=0.55, pgd=0.45),
-            Epoch(clean=0.30, fgsm=0.20, pgd=0.18),  # everything falls
-        ],
-        [
-            Epoch(clean=0.98, fgsm=0.70, pgd=0.60),
-            Epoch(clean=0.98, fgsm=0.71, pgd=0.50),  # an undefended network
-        ],
-    ],
-)
-def test_nothing_is_said_of_other_histories(epochs):
-    assert warning_after(epochs) is None
+def test_catastrophic_overfitting_is_seen(epochs, expected):
+    assert warned(epochs) == expected

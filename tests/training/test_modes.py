@@ -70,29 +70,6 @@ def test_seeds_of_the_samples_make_every_image_independent_of_its_batch(problem,
     assert not torch.equal(other, whole)
 
 
-@pytest.mark.parametrize(("name", "start"), [("pgd_at", 0.2), ("trades", 0.005)])
-def test_steps_and_their_size(problem, name, start):
-    """Their defaults are in test_training_step."""
-    net, x, y = problem
-    calls = []
-
-    def note(module, args):
-        calls.append(args[0].detach().clone())
-
-    net.register_forward_pre_hook(note)
-    attack = training_attack(name, eps=0.2, steps=3, step_size=0.01)
-    attack(net, x, y, generator=None)
-    if name == "trades":
-        del calls[0]  # the clean prediction
-    first, second, third = calls
-    assert (first - x).abs().max() <= start
-    in_box = (third > 0) & (third < 1)
-    in_ball = (third - x).abs() < 0.199
-    moved = (third - second).abs()
-    steps = moved[in_box & in_ball & (moved > 0)]
-    assert_close(steps, torch.full_like(steps, 0.01))
-
-
 def test_radii(problem):
     """Gaussian noise leaves the box, the projection can be left out, and validation keeps to the
     ball.
@@ -110,16 +87,6 @@ def test_radii(problem):
         assert (x_perturbed - x).abs().max() <= EPS
     nothing = trades(net, x[:0], y[:0], eps=0.1, step_size=0.1)
     assert nothing.shape == (0, 3, 2, 2)
-
-
-def test_the_table():
-    assert list(MODES) == ["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"]
-    for name, mode in MODES.items():
-        assert mode.name == name
-        assert mode.single_step == (name in ("at", "rat"))
-        assert bool(mode.retraction) == (name == "rat")
-        assert (mode.weight_decay == 0) == (name in ("rat", "certified"))
-        assert (mode.select == "verified") == (name == "certified")
 
 
 @pytest.mark.parametrize("mode", ["at", "rat", "pgd_at"])

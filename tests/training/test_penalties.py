@@ -21,7 +21,6 @@ from sj_robust.training import (
     ForwardPasses,
     GradientSparsity,
     Objective,
-    Penalty,
     ThresholdGuarding,
     WeightMagnitude,
 )
@@ -151,8 +150,6 @@ def test_guarding_does_not_change_the_network_and_leaves_no_hook(problem):
     penalty = ThresholdGuarding(1.0)
     with penalty.observe(classifier):
         assert torch.equal(classifier(x), before)
-    with pytest.raises(ZeroDivisionError), penalty.observe(classifier):
-        raise ZeroDivisionError
     for module in classifier.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -185,24 +182,6 @@ def test_guarding_sees_neurons_that_run_fused_with_batch_norm_otherwise():
     assert expected_grad.abs().max() > 1e-3
     assert_close(penalty, expected)
     assert_close(grad, expected_grad)
-
-
-def test_guarding_refuses_what_it_cannot_see(problem):
-    x, y = problem
-    classifier = classifier_of(lif(), neuron.QIFNode())
-    message = "'3' cannot be penalised: the decay of QIFNode"
-    with pytest.raises(ValueError, match=message), ThresholdGuarding(1.0).observe(classifier):
-        pass
-    elsewhere = ThresholdGuarding(1.0, layers=["9"])
-    message = "'9' cannot be penalised: no spiking layer has that name; known are 1"
-    with pytest.raises(ValueError, match=message), elsewhere.observe(classifier):
-        pass
-    penalty = ThresholdGuarding(1.0, layers=["1"])
-    with penalty.observe(classifier):
-        pass
-    passes = clean_pass(classifier, x, y, classifier(x))
-    with pytest.raises(RuntimeError, match="saw no spiking layer run"):
-        penalty.value(passes)
 
 
 def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
@@ -246,9 +225,6 @@ def test_magnitude_is_that_of_convolutions_and_linear_layers_alone():
     shared = nn.Sequential(net[3], net[3])
     passes = clean_pass(shared, x, torch.tensor([0, 1]), torch.rand(2, 4))
     assert_close(WeightMagnitude(1.0).value(passes), net[3].weight.abs().sum())
-    none = clean_pass(nn.Flatten(), x, torch.tensor([0, 1]), torch.rand(2, 4))
-    with pytest.raises(ValueError, match="l1 needs a network with convolutions or linear layers"):
-        WeightMagnitude(1.0).value(none)
 
 
 def test_random_layers_draw_the_same_in_the_passes_that_are_compared():
@@ -267,16 +243,3 @@ def test_random_layers_draw_the_same_in_the_passes_that_are_compared():
         assert objective(x, y, x.clone()).mppd == 0
         assert objective.penalty_values["gradient_sparsity"] < 10
     assert objective(x, y, (x + 0.3).clamp(max=1)).mppd > 0
-
-
-class Empty(Penalty):
-    name = "empty"
-
-
-def test_wrong_use(problem):
-    x, y = problem
-    objective = Objective(classifier_of(lif()), penalties=[GradientSparsity(1.0)])
-    with torch.no_grad(), pytest.raises(RuntimeError, match="needs the gradient at the images"):
-        objective(x, y)
-    with pytest.raises(TypeError, match="abstract"):
-        Empty(1.0)

@@ -10,6 +10,8 @@ import torch
 
 from lab.benchmarking.layers import (
     Layer,
+    Shape,
+    Task,
     dlif,
     dlif_on,
     lif_node,
@@ -29,7 +31,6 @@ from lab.benchmarking.networks import (
     Precision,
 )
 from lab.benchmarking.steps import ProvingTask, adversarial_steps, joint_steps, mode_steps
-from lab.benchmarking.task import Shape, Task
 from sj_robust.ops.dlif import cpp
 
 

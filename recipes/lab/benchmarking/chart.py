@@ -6,8 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.benchmarking.results import Row
-from lab.benchmarking.tables import floor
+from lab.benchmarking.results import Row, floor
 from lab.figures.style import COLOURS, GREY, print_style
 
 

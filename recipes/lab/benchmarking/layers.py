@@ -1,17 +1,47 @@
 """Spiking layers, alone, behind a batch norm and before a pooling: DLIF and its peers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lab.benchmarking.task import Shape, Task
 from sj_robust.core.host import functional, layer, neuron, surrogate
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.dlif import cpp, operator
+
+Shape = Sequence[int]
+"""[T, N, *] of a layer's input currents, [T, N, C, H, W] of images that are shown for T steps."""
+
+
+class Task:
+    """One method at one shape, ready to run.
+
+    Attributes:
+        has_one_graph: Whether the forward pass builds a single graph, so that the memory it saves
+            for the backward pass can be measured; an attack in it builds several.
+        inputs: Tensors that are there before the forward pass.
+    """
+
+    has_one_graph: ClassVar[bool] = False
+    inputs: list[Tensor]
+
+    def forward(self) -> Any:
+        """Forward pass; the result keeps the graph alive."""
+        raise NotImplementedError
+
+    def backward(self, result: Any) -> None:
+        """Backward pass from the result of :meth:`forward`, and the step of the optimizer; nothing
+        if the method has neither.
+        """
+
+    def check(self) -> None:
+        """Raise ValueError if the results differ from those of a reference; nothing if there is no
+        reference.
+        """
+
 
 Run = Callable[[Tensor], Tensor]
 """Input currents [T, N, *] to spikes [T, N, *]."""

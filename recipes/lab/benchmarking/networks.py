@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import (
+    Shape,
+    Task,
     dlif,
     lif_node,
     lif_node_for_gpu,
     relu,
     textbook_loop,
 )
-from lab.benchmarking.task import Shape, Task
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import ConvChain
 from sj_robust.models.chain import VGG_FEATURES

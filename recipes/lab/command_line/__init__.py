@@ -21,8 +21,7 @@ from lab.command_line.read import (
     read_file,
     read_options,
 )
-from lab.command_line.readme import describe_folder
-from lab.command_line.start import check_options, checked, run_recipe
+from lab.command_line.start import check_options, checked, describe_folder, run_recipe
 
 __all__ = [
     "WrongUse",

@@ -1,18 +1,21 @@
-"""A recipe run as a script: wrong use told from failed work, the exit codes, and what the console
-is spared.
+"""A recipe run as a script: wrong use told from failed work, the exit codes, what the console is
+spared, and the README of the output folder.
 """
 
 import errno
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lab.command_line.read import WrongUse, read_options
 from sj_robust.core.commands import as_called
 
+_TEMPLATES = Path(__file__).with_name("readmes")
 _BROKEN_PIPE = 141
 """Exit code: 128 plus the number of SIGPIPE, as other commands have it."""
 
@@ -86,6 +89,27 @@ def run_recipe(
         )
         remedy = f"; free some space there: {stopped}" if full else ""
         sys.exit(as_called(f"error: {error}{remedy}"))
+
+
+def describe_folder(folder: Path, recipe: str, arguments: Sequence[str]) -> None:
+    """Write the README of an output folder, from ``readmes``; commands that wrote into it before
+    stay in it.
+    """
+    from sj_robust.core.saved import write_whole  # imports torch
+
+    path = folder / "README.md"
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    commands = earlier.partition("```text\n")[2].partition("\n```")[0].splitlines()
+    commands.append(
+        " ".join(shlex.join(["python", f"recipes/{recipe}.py", *arguments]).splitlines())
+    )
+    text = (
+        (_TEMPLATES / f"{recipe}.md")
+        .read_text(encoding="utf-8")
+        .replace("FOLDER", shlex.quote(str(folder)))
+    )
+    text = text.replace("COMMANDS", "\n".join(dict.fromkeys(commands)), 1)
+    write_whole(path, as_called(text))
 
 
 def _refuse(error: WrongUse) -> NoReturn:

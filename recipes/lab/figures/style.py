@@ -4,12 +4,13 @@ the package.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from sj_robust.core.shown import COLOURS, GREY, print_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "COLOURS",
@@ -31,7 +32,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
-def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
+def save(figure: "Figure", folder: Path, name: str) -> tuple[Path, Path]:
     """Write a figure as PDF and as PNG, the same files for the same figure."""
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
     with print_style():
@@ -42,12 +43,12 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     return pdf, png
 
 
-def letter(axes: Axes, text: str) -> None:
+def letter(axes: "Axes", text: str) -> None:
     """Name a panel above its upper left corner."""
     axes.set_title(text, loc="left")
 
 
-def legend(figure: Figure, panels: Iterable[Axes], **look: Any) -> None:
+def legend(figure: "Figure", panels: "Iterable[Axes]", **look: Any) -> None:
     """Every label once outside the panels, whichever of them has its line; nothing where there are
     none.
     """

@@ -1,17 +1,18 @@
-"""Leaderboard of stored robustness reports: a table for each data set, threat and set of images."""
+"""Leaderboard of stored robustness reports: a table for each data set, threat and set of images, in
+Markdown and as a page for a telephone first, where a bar of every network unfolds into its reports.
+"""
 
 import csv
 import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lab.leaderboard.entries import DETAILS, HEADS, Entry, Group, Stored
-from lab.leaderboard.page import page
 from sj_robust.core.commands import as_called
 from sj_robust.core.saved import csv_text, markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
@@ -20,15 +21,218 @@ from sj_robust.evaluation.run.suites import GRADES
 REPORTS = "reports.csv"
 """File of a leaderboard with every report."""
 _DIGEST = "sha256, first 16 digits"
-FORMATS = (Report.saved_as, "sj_robust.robustness_report")
-"""Formats of reports, of today and of version 1."""
+FORMATS = (Report.saved_as,)
+"""Formats of reports."""
 _NOTE = (
     "Robust accuracy lies between the share that is proved and the share still correct after all "
     "attacks, control included (at most; below it its 95 % CI). In each bar, the first part is "
     "proved, the second is open, and the rest is broken or misclassified. Do not compare tables: "
     "their data set, threat or images differ. An exclamation mark (!) means signs of "
-    "gradient masking, a question mark (?) that one report proves what another breaks."
+    "gradient masking, a question mark (?) that one report proves what another breaks, a star (*) "
+    "that a report was not checked."
 )
+HEADS = ("network", "clean, %", "proved, %", "at most, %", "checked by")
+DETAILS = (
+    "network",
+    "threat",
+    "suite",
+    "images",
+    "clean, %",
+    "proved, %",
+    "worst case, %",
+    "control, %",
+    "at most, %",
+    "95 % CI",
+    "caveats",
+    "attack seconds",
+    "fingerprint",
+    "command",
+)
+WEAKER = "Not ranked (weaker suites):"
+"""Above the networks of a group that are listed apart."""
+_RANKING = ("standard", "events")
+"""Suites whose figures can be ranked."""
+_CELLS = 20
+"""Characters of a bar in Markdown."""
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; padding: 0 .6rem;
+  max-width: 60rem; color-scheme: light dark; }}
+table {{ border-collapse: collapse; width: 100%; margin-bottom: 2rem; }}
+th, td {{ padding: .25rem .3rem; text-align: right; vertical-align: top; }}
+th:first-child, td:first-child, th:last-child, td:last-child {{ text-align: left; }}
+small {{ white-space: nowrap; }}
+h2, td {{ overflow-wrap: anywhere; }}
+td:nth-child(n + 2):nth-child(-n + 4) {{ overflow-wrap: normal; }}
+tbody {{ border-top: 1px solid #8888; }}
+th button {{ all: unset; cursor: pointer; font-weight: 600; }}
+th button:focus-visible {{ outline: 2px solid; }}
+svg {{ display: inline-block; width: calc(100% - 1.5rem); height: .7rem; vertical-align: middle; }}
+.broken {{ fill: #8884; }} .open {{ fill: #d9822b; }} .proved {{ fill: #2b7a4b; }}
+.clean {{ stroke: currentColor; }} .weaker {{ color: #888; }} .weaker svg {{ opacity: .4; }}
+dl {{ display: grid; grid-template-columns: auto 1fr; gap: 0 .6rem; margin: .3rem 0; }}
+dt {{ font-weight: 600; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
+</style></head><body><h1>Leaderboard</h1><p>{note} A line in a bar is the clean accuracy. Click a
+column heading to sort, a bar for details.</p>
+{groups}
+<script>
+document.querySelectorAll("th button").forEach((button) => button.addEventListener("click", () => {{
+  const head = button.parentElement, column = head.cellIndex, table = head.closest("table");
+  const down = head.getAttribute("aria-sort") !== "descending";
+  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const value = (body) => body.rows[0].cells[column].firstChild?.textContent ?? "";
+  const sign = down ? -1 : 1;
+  const order = (a, b) => sign * value(a).localeCompare(value(b), "en", {{ numeric: true }});
+  [...table.tBodies].sort(order).forEach((body) => table.append(body));
+}}));
+</script></body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A report, its path, the digest of its file, and the command that made it."""
+
+    path: str
+    digest: str
+    command: str
+    report: Report
+
+    @property
+    def network(self) -> tuple[str, str, str]:
+        """What reports about one network on the same images share."""
+        report = self.report
+        fingerprint = str(report.network.get("fingerprint", ""))
+        return report.data, report.budget, fingerprint or self.path
+
+    def details(self) -> list[str]:
+        """What is told of a report, in the order of DETAILS."""
+        report = self.report
+        shares = (
+            report.clean,
+            report.verified,
+            report.worst_case,
+            report.control,
+            report.everything,
+        )
+        return [
+            report.name,
+            report.budget,
+            report.suite,
+            str(len(report.labels)),
+            *("" if share is None else share.percent for share in shares),
+            report.everything.interval_text,
+            report.caveats,
+            f"{report.everything.seconds:.0f}",
+            str(report.network.get("fingerprint", "")),
+            self.command,
+        ]
+
+
+def disputes(reports: Sequence[Report]) -> frozenset[int]:
+    """Images that a report about a network proves, and that the same or another report breaks
+    under the same threat.
+    """
+    proved: set[int] = set()
+    broken: set[int] = set()
+    for report in reports:
+        for row in report.of(report.main):
+            if row.kind == "proof" and row.threat == report.threat:
+                proved |= row.stood
+        for row in report.attacks:
+            broken |= report.broken(row)
+    return frozenset(proved & broken)
+
+
+def has_digests(report: Report) -> bool:
+    """Whether the adversarial images of a report can be told from others, and so be checked."""
+    return all(row.digests or not row.fell for row in report.attacks)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network under a threat, by all reports about it; shares in per cent.
+
+    Attributes:
+        name: Its name in the report with the most successful attacks.
+        clean: Accuracy without an attack.
+        proved: What the proofs of all reports cover at least; None without proofs.
+        at_most: What the attacks of all reports leave at most.
+        interval: Its 95 % CI, as text.
+        suites: The suites, that with the most successful attacks first.
+        masked: Whether a report shows signs of gradient masking.
+        disputed: Whether one report proves an image that another breaks; nothing counts as proved
+            then.
+        reports: The reports.
+    """
+
+    name: str
+    clean: float
+    proved: float | None
+    at_most: float
+    interval: str
+    suites: tuple[str, ...]
+    masked: bool
+    disputed: bool
+    reports: tuple[Stored, ...]
+
+    @classmethod
+    def of(cls, stored: Sequence[Stored]) -> "Entry":
+        """The entry of a network whose reports these are."""
+        ordered = sorted(stored, key=lambda one: one.report.everything.accuracy)
+        reports = [one.report for one in ordered]
+        low, high = (100 * end for end in reports[0].everything.interval)
+        proofs = [one.verified.accuracy for one in reports if one.verified is not None]
+        disputed = bool(disputes(reports))
+        return cls(
+            name=reports[0].name,
+            clean=100 * reports[0].clean.accuracy,
+            proved=100 * max(proofs) if proofs and not disputed else None,
+            at_most=100 * reports[0].everything.accuracy,
+            interval=f"{low:.1f}\N{EN DASH}{high:.1f}",  # fits on a telephone
+            suites=tuple(dict.fromkeys(one.suite for one in reports)),
+            masked=any(one.masked for one in reports),
+            disputed=disputed,
+            reports=tuple(ordered),
+        )
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether one of its reports is under a full suite; a weaker one may leave more."""
+        return any(suite in _RANKING for suite in self.suites)
+
+    def cells(self) -> list[str]:
+        """Its row, without the bar and the interval."""
+        proved = "" if self.proved is None else f"{self.proved:.1f}"
+        checked = ", ".join(self.suites) + (" !" if self.masked else "")
+        checked += " ?" if self.disputed else ""
+        checked += "" if all(has_digests(one.report) for one in self.reports) else " *"
+        return [self.name, f"{self.clean:.1f}", proved, f"{self.at_most:.1f}", checked]
+
+    def bar(self) -> str:
+        """Its bracket in characters."""
+        proved = round((self.proved or 0.0) * _CELLS / 100)
+        open_ = max(round(self.at_most * _CELLS / 100) - proved, 0)
+        return "█" * proved + "▒" * open_ + "·" * (_CELLS - proved - open_)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Networks that can be compared: the same images under the same threat."""
+
+    title: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def tables(self) -> list[tuple[str, list[Entry]]]:
+        """Its networks that are ranked and those that are not, each with what stands above it,
+        without empty ones.
+        """
+        ranked = [entry for entry in self.entries if entry.is_ranked]
+        weaker = [entry for entry in self.entries if not entry.is_ranked]
+        return [(above, few) for above, few in (("", ranked), (WEAKER, weaker)) if few]
 
 
 def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
@@ -49,7 +253,7 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "leaderboard.md", _markdown(groups))
     write_whole(output / REPORTS, _csv(stored))
-    write_whole(output / "leaderboard.html", page(groups, _NOTE))
+    write_whole(output / "leaderboard.html", _page(groups))
     print(
         f"leaderboard.md, leaderboard.html and {REPORTS} of {len(stored)} reports are in {output}"
     )
@@ -118,49 +322,45 @@ def check_fields(report: Report) -> None:
     """Raise ValueError if a field that a table or a check reads is of another type than it
     should be.
     """
-    texts = {"name": report.name, "dataset": report.dataset, "suite": report.suite}
-    for name, value in texts.items():
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{name} must be text, got {value!r}; the file was changed")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{name} must be text in UTF-8, got {value!r}; the file was changed"
-            ) from None
-    if not isinstance(report.data, str):
-        raise ValueError(f"data must be text, got {report.data!r}; the file was changed")
-    objects = {
-        "configuration": report.configuration,
-        "environment": report.environment,
-        "network": report.network,
-    }
-    for name, held in objects.items():
-        if not isinstance(held, dict):
-            raise ValueError(f"{name} must be an object, got {held!r}; the file was changed")
-    layers = report.network.get("layers", [])
-    if not isinstance(layers, list) or not all(isinstance(row, dict) for row in layers):
-        raise ValueError(f"layers must be a list of objects, got {layers!r}; the file was changed")
-    if type(report.draws) is not int or report.draws < 1:
-        raise ValueError(
-            f"draws must be an integer >= 1, got {report.draws!r}; the file was changed"
-        )
-    if type(report.classes) is not int or report.classes < 0:
-        raise ValueError(
-            f"classes must be an integer >= 0, got {report.classes!r}; the file was changed"
-        )
+    layers = report.network.get("layers", []) if isinstance(report.network, dict) else []
+    fields = [
+        ("name", report.name, _is_text(report.name), "text in UTF-8"),
+        ("dataset", report.dataset, _is_text(report.dataset), "text in UTF-8"),
+        ("suite", report.suite, _is_text(report.suite), "text in UTF-8"),
+        ("data", report.data, isinstance(report.data, str), "text"),
+        ("draws", report.draws, _is_number(report.draws, int, least=1), "an integer >= 1"),
+        ("classes", report.classes, _is_number(report.classes, int), "an integer >= 0"),
+        ("layers", layers, _are_objects(layers), "a list of objects"),
+    ]
+    for name in ("configuration", "environment", "network"):
+        held = getattr(report, name)
+        fields.append((name, held, isinstance(held, dict), "an object"))
     for row in report.rows:
-        if row.alpha and report.suite in GRADES:
-            raise ValueError(
-                f"alpha of {row.member} must be 0, as the proofs of a suite never err, got "
-                f"{row.alpha!r}; the file was changed"
-            )
+        proves = not row.alpha or report.suite not in GRADES
+        fields.append(
+            (f"alpha of {row.member}", row.alpha, proves, "0, as no proof of a suite errs")
+        )
         for what, number in (("largest", row.largest), ("seconds", row.seconds)):
-            if not isinstance(number, int | float) or not 0 <= number < float("inf"):
-                raise ValueError(
-                    f"{what} of {row.member} must be a finite number >= 0, got {number!r}; the "
-                    "file was changed"
-                )
+            is_one = _is_number(number, int | float)
+            fields.append((f"{what} of {row.member}", number, is_one, "a finite number >= 0"))
+    for name, value, is_right, rule in fields:
+        if not is_right:
+            raise ValueError(f"{name} must be {rule}, got {value!r}; the file was changed")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether there is something to read, without a half of a surrogate, which no file holds."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_number(value: Any, kind: Any, *, least: int = 0) -> bool:
+    return isinstance(value, kind) and value is not True and least <= value < float("inf")
+
+
+def _are_objects(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def groups_of(stored: Sequence[Stored]) -> list[Group]:
@@ -298,3 +498,56 @@ def _csv(stored: Sequence[Stored]) -> str:
         where = {"dataset": one.report.dataset, "file": one.path, _DIGEST: one.digest}
         lines.append(details | where)
     return csv_text(["dataset", *DETAILS, "file", _DIGEST], lines)
+
+
+def _page(groups: Sequence[Group]) -> str:
+    """The whole page, without anything from elsewhere."""
+    shown = "\n".join(_group(group) for group in groups)
+    return _PAGE.format(note=escape(_NOTE), groups=shown)
+
+
+def _group(group: Group) -> str:
+    cells = [f'<th><button type="button">{escape(head)}</button></th>' for head in HEADS]
+    head = f"<thead><tr>{''.join(cells)}</tr></thead>"
+    parts = [f"<h2>{escape(group.title)}</h2>"]
+    for above, entries in group.tables:
+        if above:
+            parts.append(f'<p class="weaker">{escape(above)}</p>')
+        style = ' class="weaker"' if above else ""
+        bodies = "\n".join(map(_entry, entries))
+        parts.append(f"<table{style}>{head}\n{bodies}\n</table>")
+    return "\n".join(parts)
+
+
+def _entry(entry: Entry) -> str:
+    """Two rows: figures, and a bar that unfolds into the reports."""
+    name, clean, proved, at_most, checked = map(escape, entry.cells())
+    at_most += f"<br><small>{entry.interval}</small>"
+    cells = "".join(f"<td>{cell}</td>" for cell in (name, clean, proved, at_most, checked))
+    lists = "".join(_report(one.details()) for one in entry.reports)
+    return (
+        f"<tbody><tr>{cells}</tr>"
+        f'<tr><td colspan="5"><details><summary>{_bar(entry)}</summary>{lists}</details></td></tr>'
+        "</tbody>"
+    )
+
+
+def _report(cells: Sequence[str]) -> str:
+    pairs = zip(DETAILS, cells, strict=True)
+    items = [f"<dt>{escape(head)}</dt><dd>{escape(cell)}</dd>" for head, cell in pairs if cell]
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _bar(entry: Entry) -> str:
+    """The bracket, drawn to scale: what is proved, what is open, what is broken."""
+    proved = entry.proved or 0.0
+    said = f"proved {proved:.1f} %, at most {entry.at_most:.1f} %, clean {entry.clean:.1f} %"
+    open_ = max(entry.at_most - proved, 0.0)
+    return (
+        f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{said}">'
+        '<rect class="broken" width="100" height="10"/>'
+        f'<rect class="proved" width="{proved:.1f}" height="10"/>'
+        f'<rect class="open" x="{proved:.1f}" width="{open_:.1f}" height="10"/>'
+        f'<path class="clean" d="M{entry.clean:.1f} 0V10" vector-effect="non-scaling-stroke"/>'
+        "</svg>"
+    )

@@ -1,5 +1,5 @@
-"""One run of a sweep: train, evaluate, write the record; parts that an earlier attempt finished are
-kept.
+"""Runs of a sweep as jobs of submitit, on this machine or on a Slurm cluster: each trains,
+evaluates and writes its record; parts that an earlier attempt finished are kept.
 """
 
 import os
@@ -10,20 +10,24 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import submitit
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from filelock import FileLock, Timeout
+from submitit.core.utils import environment_variables
 from submitit.helpers import DelayedSubmission
 
-from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
-from lab.sweeping.recipe import Recipe, load_recipe
-from lab.sweeping.record import RECORD_FILE, RunRecord
-from sj_robust.core.saved import plain, write_whole
+from lab import paths_for_children
+from lab.sweeping.runs import OPTIONS_FILE, RECORD_FILE, PlannedRun, RunRecord, load_recipe
+from sj_robust.core.saved import write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Accuracy
 from sj_robust.training import TrainingInterrupted
@@ -32,6 +36,135 @@ LOG_FILE = "output.txt"
 PATIENCE = 120.0
 """Seconds that runs have to write their checkpoints when they are asked to stop."""
 _REPORT = "report.json"
+_TIMEOUT = {"local": 10**6, "slurm": 24 * 60}
+"""Minutes that a job may take, unless an option says otherwise."""
+
+
+def executor_for(
+    folder: Path,
+    cluster: Literal["local", "slurm"] = "local",
+    options: Mapping[str, Any] | None = None,
+    *,
+    jobs: int = 1,
+) -> Any:
+    """The executor of submitit for a sweep.
+
+    Its own files are in ``folder/jobs``, which the nodes of a cluster must see as well. The options
+    are parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min": 600}``. Slurm
+    performs ``jobs`` of the runs at a time.
+
+    Raises:
+        ValueError: If there is no such cluster, or an option is unknown.
+    """
+    parameters = {
+        "name": "sweep",
+        "timeout_min": _TIMEOUT[cluster],
+        "stderr_to_stdout": True,
+        "slurm_array_parallelism": jobs,
+        **(options or {}),
+    }
+    try:
+        executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
+        executor.update_parameters(**parameters)
+    except (AssertionError, NameError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"submitit cannot use cluster {cluster} with options {dict(options or {})}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return executor
+
+
+def perform_all(
+    runs: Sequence[PlannedRun],
+    executor: Any,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Perform runs, each in a process of its own, and yield each as it ends, with its error in a
+    line or None.
+
+    On this machine at most ``jobs`` run at a time, each with ``threads`` threads of torch; they
+    share its GPUs in turn. On a cluster all are queued at once.
+
+    When the iteration is left, by Ctrl-C for instance, the runs are asked to stop, and can be
+    resumed later. When the process is killed, those on this machine stop by themselves, and those
+    on a cluster go on; another sweep with one of these runs waits until it has ended.
+    """
+    local = executor.cluster == "local"
+    environment = paths_for_children() | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
+    alive = FileLock(executor.folder / f"sweep-{os.getpid()}.lock")
+    waiting = deque(runs)
+    running: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
+    with alive:
+        try:
+            while waiting or running:
+                slots = range(jobs if local else len(runs))
+                free = [slot for slot in slots if slot not in running][: len(waiting)]
+                if free:
+                    with _interrupts_held(), environment_variables(**environment), executor.batch():
+                        for slot in free:
+                            run = waiting.popleft()
+                            attempt = Attempt(run)
+                            if local:
+                                lock = Path(alive.lock_file).absolute()
+                                attempt = Attempt(run, gpus_of(slot), lock)
+                            running[slot] = run, executor.submit(attempt)
+                for slot, (run, job) in list(running.items()):
+                    if job.done():
+                        del running[slot]
+                        yield run, _error(job)
+                time.sleep(0.2)
+        finally:
+            left = [job for _, job in running.values()]
+            if local:
+                _stop(left)
+            else:
+                for job in left:
+                    job.cancel(check=False)
+
+
+def _error(job: Any) -> str | None:
+    """The error of a job that has ended, in a line; None after success."""
+    try:
+        return job.result()  # type: ignore[no-any-return]  # what an Attempt returned
+    except RuntimeError:  # of submitit, whose message is pages of the log
+        return f"its process died (state {job.state})"
+
+
+def _stop(jobs: Sequence[Any]) -> None:
+    """Ask jobs on this machine to stop, and wait until they have; ask again after a while.
+
+    submitit's ``cancel`` kills after a second, which is too short to write a checkpoint.
+    """
+    ask_at = time.monotonic()
+    while left := [job for job in jobs if not job.done()]:
+        if time.monotonic() >= ask_at:
+            ask_at = time.monotonic() + PATIENCE
+            for job in left:
+                os.kill(int(job.job_id), signal.SIGTERM)
+        time.sleep(0.2)
+
+
+def gpus_of(slot: int) -> str:
+    """``CUDA_VISIBLE_DEVICES`` for a slot: one of the GPUs that this process sees, "" if none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
+    return names[slot % len(names)] if names else ""
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back Ctrl-C while processes are started.
+
+    They inherit that and ignore Ctrl-C, which the terminal sends to all of them; this process asks
+    each to stop, once.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
@@ -66,8 +199,11 @@ class Attempt:
         signal.signal(signal.SIGUSR2, stop_in_time)
         if self.gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus  # submitit sets it to none
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with (self.run.folder / LOG_FILE).open("ab") as log:  # all that this process prints
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            self._print_to_file()
             if self.sweep is not None:
                 threading.Thread(target=_stop_with, args=(self.sweep,), daemon=True).start()
             with _alone(self.run.folder):
@@ -85,13 +221,6 @@ class Attempt:
         """What submitit queues when the time of the job is up: the same job, which resumes."""
         return DelayedSubmission(self)
 
-    def _print_to_file(self) -> None:
-        """Append all that this process prints to the run's log file."""
-        self.run.folder.mkdir(parents=True, exist_ok=True)
-        with (self.run.folder / LOG_FILE).open("ab") as log:
-            os.dup2(log.fileno(), sys.stdout.fileno())
-            os.dup2(log.fileno(), sys.stderr.fileno())
-
 
 def _stop_with(sweep: Path) -> None:
     """Stop this process when the one that holds a lock is gone; the system frees that of one that
@@ -102,6 +231,20 @@ def _stop_with(sweep: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _alone(folder: Path) -> Any:
+    """Context in which this process holds the lock of a run, which the system frees if it is
+    killed.
+
+    It waits for a process of an earlier sweep that still performs the run.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: another process still performs {folder.name}")
+        return lock.acquire()
 
 
 def perform(run: PlannedRun) -> RunRecord:
@@ -153,9 +296,10 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "checkpoint": str(run.folder / "training" / network),
         "name": run.name,
     }
-    write_whole(path, yaml.safe_dump(given, sort_keys=False))
-    if _is_of_other_options(folder / _REPORT, load_recipe(run.evaluator), options):
-        shutil.rmtree(folder)
+    text = yaml.safe_dump(given, sort_keys=False)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        shutil.rmtree(folder, ignore_errors=True)  # of other options, killed before the record
+    write_whole(path, text)
     spent = _call(run.evaluator, folder, path, mark="progress/*")
     report = Report.load(folder / _REPORT)
     result = {
@@ -164,30 +308,18 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "figures": _counts(report.accuracies),
         "alarm": report.footnote,
     }
+    layers = {entry["member"]: list(entry["layers"].values()) for entry in report.potential}
+    last = {attack: statistics.fmean(found[-1]) for attack, found in layers.items() if found}
     record = replace(
         record,
         evaluations=record.evaluations | {suite: result},
         seconds=record.seconds | {suite: spent.seconds},
         cpu_seconds=record.cpu_seconds | {suite: spent.cpu_seconds},
-        ms_mppd=record.ms_mppd | {suite: _last_layer(report)},
+        ms_mppd=record.ms_mppd | {suite: last},
         environment=report.environment,
     )
     record.save(run.folder / RECORD_FILE)
     return record
-
-
-def _is_of_other_options(path: Path, recipe: Recipe, wanted: Mapping[str, Any]) -> bool:
-    """Whether a report, left by a process that was killed before it wrote the record, was made with
-    other options; one that lacks options of a newer recipe was made with their defaults.
-    """
-    if not path.is_file():
-        return False
-    configuration = Report.load(path).configuration
-    if not configuration:  # of a recipe that does not write its options down
-        return False
-    made_with = recipe.defaults | configuration
-    new = plain(recipe.decisive(wanted))
-    return any(plain(made_with[name]) != value for name, value in new.items())
 
 
 def _counts(found: Iterable[Accuracy]) -> dict[str, dict[str, int]]:
@@ -201,21 +333,11 @@ def _selected(report: Report, run: PlannedRun) -> dict[str, float]:
     curve = report.curves.get(report.main, [])
     if not curve:
         return {}
-    select = load_recipe(run.recipe).resolve(run.options).complete["select"]
+    recipe = load_recipe(run.recipe)
+    select = recipe.completed(recipe.read(run.options)).select
     epochs: list[dict[str, float]] = [epoch["validation"] for epoch in curve]
     best = max(epochs, key=lambda found: found[select])
-    first = {name: best[name] for name in (select, "clean")}
-    return first | best
-
-
-def _last_layer(report: Report) -> dict[str, float]:
-    """MS-MPPD of the last spiking layer under each attack of the report, mean over time."""
-    found = {}
-    for entry in report.potential:
-        layers = list(entry["layers"].values())
-        if layers:
-            found[entry["member"]] = statistics.fmean(layers[-1])
-    return found
+    return {name: best[name] for name in (select, "clean")} | best
 
 
 @dataclass(frozen=True)
@@ -244,17 +366,3 @@ def _call(recipe: Path, folder: Path, options: Path, *, mark: str) -> _Spent:
     finally:
         AcceleratorState._reset_state(True)  # else the next recipe has its precision and device
     return _Spent(time.monotonic() - start, time.process_time() - cpu_start)
-
-
-def _alone(folder: Path) -> Any:
-    """Context in which this process holds the lock of a run, which the system frees if it is
-    killed.
-
-    It waits for a process of an earlier sweep that still performs the run.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting: another process still performs {folder.name}")
-        return lock.acquire()

@@ -133,10 +133,8 @@ def compare_reports(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def _same_images(first: Evaluation, second: Evaluation) -> bool:
-    """Whether two reports are known to be about the same images; a training's report of version 1
-    holds numbers of images only.
-    """
-    if first.labels != second.labels or min(first.labels) < 0:
+    """Whether two reports are known to be about the same images."""
+    if first.labels != second.labels:
         return False
     if first.data or second.data:
         return first.data == second.data
@@ -321,12 +319,8 @@ def _notes(
         if here != there:
             notes.append(f"DIFFERENT {what}: {here} and {there}; {consequence}.")
     if not paired:
-        same_number = len(first.labels) == len(second.labels)
-        unknown = min(*first.labels, *second.labels) < 0
-        may_be_the_same = unknown and same_number and first.dataset == second.dataset
-        differ = "may differ" if may_be_the_same else "differ"
         notes.append(
-            f"The images {differ} ({len(first.labels)} and {len(second.labels)}): intervals "
+            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals "
             "assume independent samples."
         )
     mine = first.network.get("fingerprint")

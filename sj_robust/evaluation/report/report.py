@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
-from sj_robust.evaluation.report import export, figures, hub, verdict
+from sj_robust.evaluation.report import export, figures, verdict
+from sj_robust.evaluation.report.export import COUNTED, DERIVED, derived, footnote
 from sj_robust.evaluation.report.levels import What, fall, mean_accuracy
-from sj_robust.evaluation.report.model_card import COUNTED, DERIVED, derived, footnote
-from sj_robust.evaluation.report.stored import translated
 from sj_robust.evaluation.report.table import accuracies_table, table
 from sj_robust.evaluation.result import Evaluation, Row
 
@@ -47,8 +46,7 @@ class Report(
     Suites of attacks, stress tests, smoothed classifiers and trainings all return this report: one
     row per attack with the images that it broke, from which every figure is computed. The JSON of a
     suite also holds the accuracies under the names of RobustBench's model cards (``clean_acc``,
-    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``). Files of earlier versions can
-    be loaded; the suite that they call ``standard`` is now ``gradient``.
+    ``autoattack_acc``, ``external``, ``unreliable``, ``footnote``).
 
     Examples:
         >>> clean, pgd = Row("clean", "clean", range(3), (2,)), Row("pgd", "attack", (0, 1), (1,))
@@ -212,7 +210,7 @@ class Report(
         Raises:
             ModuleNotFoundError: If huggingface_hub is not installed.
         """
-        return hub.hub_card(self)
+        return export.hub_card(self)
 
     def push_to_hub(
         self,
@@ -243,7 +241,7 @@ class Report(
             FileNotFoundError: If there is no such file.
             ConnectionError: If the Hub cannot be reached.
         """
-        return hub.push_to_hub(
+        return export.push_to_hub(
             self,
             self.to_json(),
             repo_id,
@@ -300,19 +298,11 @@ class Report(
         return tuple(names)
 
     def to_json(self) -> str:
-        """The report as JSON; :meth:`from_json` reads back an equal report."""
+        """The report as JSON; :meth:`from_json` reads back an equal report, and refuses one of
+        another version.
+        """
         text = super().to_json()
         return _NUMBERS.sub(_in_one_line, text)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The report in JSON written by :meth:`to_json`, also by an earlier version.
-
-        Raises:
-            ValueError: If the text is not JSON, is not a report, is of a later version or is
-                inconsistent.
-        """
-        return super().from_json(translated(text))
 
     def _repr_html_(self) -> str:
         if not self.is_suite:

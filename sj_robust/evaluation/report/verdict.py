@@ -73,10 +73,9 @@ def caveats(report: Evaluation) -> str:
 def alarms(report: Evaluation) -> tuple[str, ...]:
     """Reasons why the network must not be called robust: dead layers, or accuracy at chance."""
     clean = report.clean
-    known = [label for label in report.labels if label >= 0]
-    most = max(Counter(known).values(), default=0)
+    counts = Counter(report.labels)
     # where all images are of one class, a network that is right looks like one that guesses
-    commonest = most / len(report.labels) if len(set(known)) > 1 else 0.0
+    commonest = max(counts.values()) / len(report.labels) if len(counts) > 1 else 0.0
     chance = max(1 / max(report.classes, 1), commonest)
     guesses = report.classes > 0 and clean.interval[0] <= chance
     found = []

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import Version, autoattack
@@ -19,6 +20,7 @@ from sj_robust.attacks.square import square
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
 from sj_robust.core.extras import check_extra
+from sj_robust.core.preserved import evaluation_mode
 from sj_robust.evaluation.run.estimator_search import (
     CANDIDATES,
     CHANGES,
@@ -37,6 +39,7 @@ __all__ = [
     "UNSEARCHED",
     "Suite",
     "SuiteName",
+    "allowed_by",
     "check_radius",
     "check_rounds",
     "check_shape",
@@ -244,6 +247,14 @@ def make_suite(
     return replace(suite, description=f"{suite.description}; {rounds} rounds")
 
 
+def allowed_by(plain: nn.Module | None, members: Sequence[Member], x: Tensor) -> list[Member]:
+    """Those of a suite's plain attacks that a plain copy of a network allows; None is a network
+    that cannot be copied, of which no gradient is asked.
+    """
+    has_gradient = plain is not None and _has_gradient(plain, x[:1])
+    return [member for member in members if (x.ndim == 4 if _is_square(member) else has_gradient)]
+
+
 def check_suite(name: SuiteName, threat: ThreatModel) -> None:
     """Raise for a suite that is unknown, needs a package that is missing or does not fit a threat.
 
@@ -304,6 +315,19 @@ def check_shape(name: SuiteName, images: Tensor, *, draws: int = 1) -> None:
             f"suite {name!r} needs images [N, C, H, W] for Square, got shape "
             f"{tuple(images.shape)}; use 'fast', or reshape inside the model"
         )
+
+
+def _is_square(member: Member) -> bool:
+    return isinstance(member.attack, partial) and member.attack.func is square
+
+
+def _has_gradient(plain: nn.Module, x: Tensor) -> bool:
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(plain):
+        try:
+            logits: Tensor = plain(x.clone().requires_grad_())
+        except Exception:  # a forward that does not take tensors which record their graph
+            return False
+        return logits.requires_grad
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def moments(layer: Layer, norm: NormTensors, eps: float) -> Tensor:
 def forward(layer: Layer, outputs: StageOutputs) -> None:
     """Compute the outputs, in place."""
     cpp.run(
-        "dlif_forward" if layer.moments is None else "bn_dlif_forward",
+        "forward",
         layer.inputs,
         layer.planes,
         s=outputs.spike_seq,
@@ -57,7 +57,7 @@ def backward(
         slope, constant = slopes.to(state_dtype(layer.inputs.x_seq)).unbind(0)
         of_slopes = {"slope": slope, "constant": constant}
     cpp.run(
-        "dlif_backward" if layer.moments is None else "bn_dlif_backward",
+        "backward",
         layer.inputs,
         layer.planes,
         gs=grads.spike_seq,
@@ -109,7 +109,7 @@ def _statistics(layer: Layer) -> tuple[Tensor, Tensor]:
     sums = x_seq.new_empty(2, channels, dtype=torch.float64)
     steps = x_seq[:1] if is_repeated(x_seq) else x_seq
     inputs = layer.inputs._replace(x_seq=steps)
-    cpp.run("bn_statistics", inputs, layer.planes, mean=near, channel_sums=sums)
+    cpp.run("statistics", inputs, layer.planes, mean=near, channel_sums=sums)
     count = steps.numel() // channels
     distance = sums[0] / count
     variance = (sums[1] / count - distance.square()).clamp_(min=0.0)

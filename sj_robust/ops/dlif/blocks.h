@@ -1,7 +1,7 @@
 // DLIF on blocks of neurons, for one instruction set. A block walks through all T steps with its
 // potentials in the first-level cache; the backward pass first computes h again into a scratch that
 // stays there too. What happens to x before the neuron, and to its gradient behind it, is a
-// Coupling: Plain in plain.h (nothing), Normalised in bn_dlif. Its functions:
+// Coupling: Plain (nothing) or Normalised in layer.h. Its functions:
 //   enter(block), leave(block)               before and after a block
 //   input(x, k)                              current of the neuron, k elements into the block
 //   emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one of x
@@ -357,14 +357,53 @@ inline bool can_stream(const Job& job, const void* out, int64_t element) {
          job.M * element % SJR_VECTOR_BYTES == 0;
 }
 
-// Items first..last of one unit. Whole blocks stored in the arithmetic type run in place, the rest
-// passes through a scratch: conversions, pieces of several rows, the last, partial block. Spikes
-// that are pooled do so in any case.
+// Whole blocks stored in the arithmetic type run in place, the rest passes through copies:
+// conversions, pieces of several rows, the last, partial block.
+template <class S, class C>
+struct Places {
+  const Job& job;
+  const Block<BLOCK<C>>& block;
+  const Block<BLOCK<C>>& ahead;
+  const bool in_place = std::is_same_v<S, C> && block.is_row();
+
+  int64_t stride(int64_t of_tensor) const { return in_place ? of_tensor : BLOCK<C>; }
+
+  // Where T steps of a tensor are read: there, or in a copy; null where the call has none.
+  template <class N>
+  const C* input(const N* tensor, int64_t steps_apart, int64_t T, C* copy) const {
+    if (!tensor) {
+      return nullptr;
+    }
+    if constexpr (std::is_same_v<N, C>) {
+      if (in_place) {
+        return tensor + block.runs[0].offset;
+      }
+    }
+    if (!block.is_full()) {  // lanes beyond the tensor are zero
+      std::memset(copy, 0, size_t(T * BLOCK<C>) * sizeof(C));
+    }
+    read_runs(
+        block.runs, block.n_runs, ahead.runs, ahead.n_runs, tensor, steps_apart, T, copy, BLOCK<C>);
+    return copy;
+  }
+
+  // Where they are written; `bring` takes a copy to the tensor.
+  C* output(void* tensor, C* copy) const {
+    return in_place ? at<C>(tensor, block.runs[0].offset) : tensor ? copy : nullptr;
+  }
+  template <class N>
+  void bring(N* tensor, int64_t T, const C* copy) const {
+    if (tensor && !in_place) {
+      write_runs(block.runs, block.n_runs, copy, BLOCK<C>, T, tensor, job.M, job.stream);
+    }
+  }
+};
+
+// Items first..last of one unit. Spikes that are pooled pass through a copy in any case.
 template <class S, class C, class K>
 void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K& coupling) {
   constexpr int B = BLOCK<C>;
   const int64_t T = job.T;
-  const int64_t M = job.M;
   const int64_t pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
@@ -379,63 +418,32 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
   C* const pb = cb + T * B;
   C* const ib = pb + T * B / 4;
   C* const vb = ib + B;
-  const C* const gain = at<C>(job.gain, 0);
   Walk<B> walk(job, first, last);
   while (walk.next()) {
     const Block<B>& block = walk.block();
-    const Block<B>& ahead = walk.ahead();
-    const Run* const runs = block.runs;
-    const int n_runs = block.n_runs;
-    const int64_t i = runs[0].offset;
+    const Places<S, C> places{job, block, walk.ahead()};
     coupling.enter(block);
-    if (std::is_same_v<S, C> && block.is_row()) {
-      ForwardBlock<C> in_place;
-      in_place.x = at<C>(job.x, i);
-      in_place.gain = gain;
-      in_place.v_init = at<C>(job.v_init, i);
-      in_place.s = job.pool ? sb : at<C>(job.s, i);
-      in_place.v = at<C>(job.v, i);
-      in_place.v_seq = at<C>(job.v_seq, i);
-      in_place.current = at<C>(job.current, i);
-      in_place.T = T;
-      in_place.stride = M;
-      in_place.x_stride = job.x_stride;
-      in_place.s_stride = job.pool ? B : M;
-      direct(in_place, n, coupling);
-    } else {
-      if (!block.is_full()) {  // lanes beyond the tensor are zero
-        std::memset(xb, 0, size_t(T * B) * sizeof(C));
-        std::memset(ib, 0, B * sizeof(C));
-      }
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
-      if (job.v_init) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
-      }
-      ForwardBlock<C> copied;
-      copied.x = xb;
-      copied.gain = gain;
-      copied.v_init = job.v_init ? ib : nullptr;
-      copied.s = sb;
-      copied.v = vb;
-      copied.v_seq = job.v_seq ? vsb : nullptr;
-      copied.current = job.current ? cb : nullptr;
-      copied.T = T;
-      copied.stride = copied.x_stride = copied.s_stride = B;
-      staged(copied, n, coupling);
-      if (!job.pool) {
-        write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
-      }
-      write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
-      if (job.v_seq) {
-        write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
-      }
-      if (job.current) {
-        write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
-      }
-    }
+    ForwardBlock<C> b;
+    b.x = places.input(at<S>(job.x, 0), job.x_stride, T, xb);
+    b.gain = at<C>(job.gain, 0);
+    b.v_init = places.input(at<C>(job.v_init, 0), 0, 1, ib);
+    b.s = job.pool ? sb : places.output(job.s, sb);
+    b.v = places.output(job.v, vb);
+    b.v_seq = places.output(job.v_seq, vsb);
+    b.current = places.output(job.current, cb);
+    b.T = T;
+    b.stride = places.stride(job.M);
+    b.x_stride = places.stride(job.x_stride);
+    b.s_stride = job.pool ? B : b.stride;
+    (places.in_place ? direct : staged)(b, n, coupling);
+    places.bring(at<C>(job.v, 0), 1, vb);
+    places.bring(at<C>(job.v_seq, 0), T, vsb);
+    places.bring(at<C>(job.current, 0), T, cb);
     if (job.pool) {
       pool_block<C>(job, block, sb, pb);
       write_runs(block.pooled, block.n_pooled, pb, B / 4, T, at<S>(job.s, 0), pooled_M, job.stream);
+    } else {
+      places.bring(at<S>(job.s, 0), T, sb);
     }
   }
 }
@@ -446,8 +454,6 @@ void backward_range(
   constexpr int B = BLOCK<C>;
   constexpr int W = LANES<C>;
   const int64_t T = job.T;
-  const int64_t M = job.M;
-  const int64_t pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const BackwardFn<C, K> staged = choose_backward<C, K>(job, false);
   const BackwardFn<C, K> direct = choose_backward<C, K>(job, can_stream(job, job.gx, sizeof(C)));
@@ -462,7 +468,6 @@ void backward_range(
   C* const ib = sums + T * W;
   C* const gvb = ib + B;
   C* const gib = gvb + B;
-  const C* const gain = at<C>(job.gain, 0);
   std::memset(sums, 0, size_t(T * W) * sizeof(C));
   int64_t summed = 0;
   const auto flush = [&] {  // short sums in C, long ones in double
@@ -476,93 +481,43 @@ void backward_range(
   while (walk.next()) {
     const Block<B>& block = walk.block();
     const Block<B>& ahead = walk.ahead();
-    const Run* const runs = block.runs;
-    const int n_runs = block.n_runs;
-    const int64_t i = runs[0].offset;
+    const Places<S, C> places{job, block, ahead};
     coupling.enter(block);
+    BackwardBlock<C> b;
+    b.stride = places.stride(job.M);
+    b.gs_stride = job.pool ? B : b.stride;
     if (job.pool) {
       read_runs(block.pooled,
                 block.n_pooled,
                 ahead.pooled,
                 ahead.n_pooled,
                 at<S>(job.gs, 0),
-                pooled_M,
+                Shape(job).pooled_M,
                 T,
                 pb,
                 B / 4);
       share_block<C>(job, block, pb, gsb);
-    }
-    if (std::is_same_v<S, C> && block.is_row()) {
-      BackwardBlock<C> in_place;
-      in_place.x = at<C>(job.x, i);
-      in_place.gain = gain;
-      in_place.v_init = at<C>(job.v_init, i);
-      in_place.gs = job.pool ? gsb : at<C>(job.gs, i);
-      in_place.gv = at<C>(job.gv, i);
-      in_place.gvs = at<C>(job.gvs, i);
-      in_place.g_current = at<C>(job.g_current, i);
-      in_place.gx = at<C>(job.gx, i);
-      in_place.gv_init = at<C>(job.gv_init, i);
-      in_place.h = h;
-      in_place.gain_sums = sums;
-      in_place.T = T;
-      in_place.stride = M;
-      in_place.x_stride = job.x_stride;
-      in_place.gs_stride = job.pool ? B : M;
-      direct(in_place, n, coupling);
+      b.gs = gsb;
     } else {
-      if (!block.is_full()) {
-        const size_t bytes = size_t(T * B) * sizeof(C);
-        std::memset(xb, 0, bytes);
-        if (!job.pool) {
-          std::memset(gsb, 0, bytes);
-        }
-        if (job.gvs) {
-          std::memset(gvsb, 0, bytes);
-        }
-        if (job.g_current) {
-          std::memset(gcb, 0, bytes);
-        }
-        std::memset(ib, 0, 2 * B * sizeof(C));  // and gvb, which follows it
-      }
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
-      if (!job.pool) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
-      }
-      if (job.v_init) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
-      }
-      if (job.gv) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
-      }
-      if (job.gvs) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
-      }
-      if (job.g_current) {
-        read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
-      }
-      BackwardBlock<C> copied;
-      copied.x = xb;
-      copied.gain = gain;
-      copied.v_init = job.v_init ? ib : nullptr;
-      copied.gs = gsb;
-      copied.gv = job.gv ? gvb : nullptr;
-      copied.gvs = job.gvs ? gvsb : nullptr;
-      copied.g_current = job.g_current ? gcb : nullptr;
-      copied.gx = gxb;
-      copied.gv_init = job.gv_init ? gib : nullptr;
-      copied.h = h;
-      copied.gain_sums = sums;
-      copied.T = T;
-      copied.stride = copied.x_stride = copied.gs_stride = B;
-      staged(copied, n, coupling);
-      if constexpr (K::WRITES) {
-        write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
-      }
-      if (job.gv_init) {
-        write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
-      }
+      b.gs = places.input(at<S>(job.gs, 0), job.M, T, gsb);
     }
+    b.x = places.input(at<S>(job.x, 0), job.x_stride, T, xb);
+    b.gain = at<C>(job.gain, 0);
+    b.v_init = places.input(at<C>(job.v_init, 0), 0, 1, ib);
+    b.gv = places.input(at<C>(job.gv, 0), 0, 1, gvb);
+    b.gvs = places.input(at<C>(job.gvs, 0), job.M, T, gvsb);
+    b.g_current = places.input(at<C>(job.g_current, 0), job.M, T, gcb);
+    b.gx = places.output(job.gx, gxb);
+    b.gv_init = places.output(job.gv_init, gib);
+    b.h = h;
+    b.gain_sums = sums;
+    b.T = T;
+    b.x_stride = places.stride(job.x_stride);
+    (places.in_place ? direct : staged)(b, n, coupling);
+    if constexpr (K::WRITES) {
+      places.bring(at<S>(job.gx, 0), T, gxb);
+    }
+    places.bring(at<C>(job.gv_init, 0), 1, gib);
     coupling.leave(block);
     summed += block.size;
     if (summed >= FLUSH) {

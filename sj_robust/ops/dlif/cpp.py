@@ -42,7 +42,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 8  # sjr_interface() of kernel.cpp
+_INTERFACE = 9  # sjr_interface() of kernel.cpp
 _PROCESS = os.getpid()
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 SURROGATES = {kind: number for number, kind in enumerate(HOST_NAMES)}
@@ -87,13 +87,13 @@ def instruction_sets() -> tuple[str, ...]:
 
 def forward(inputs: Inputs, outputs: Outputs) -> None:
     """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
-    run("dlif_forward", inputs, s=outputs.spike_seq, v=outputs.v, v_seq=outputs.v_seq)
+    run("forward", inputs, s=outputs.spike_seq, v=outputs.v, v_seq=outputs.v_seq)
 
 
 def backward(inputs: Inputs, grads: OutputGradients, found: InputGradients) -> None:
     """See :class:`sj_robust.ops.dlif.operator.Implementation`."""
     run(
-        "dlif_backward",
+        "backward",
         inputs,
         gs=grads.spike_seq,
         gv=grads.v,
@@ -139,9 +139,7 @@ def run(
         job.height = planes.height
         job.width = planes.width
         job.channels_last, job.pool = planes.channels_last, planes.pool
-    operator = "dlif" if function.startswith("dlif") else "bn_dlif"
-    scratch_bytes = getattr(library, f"sjr_{operator}_scratch_bytes")
-    scratch = torch.empty(scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
+    scratch = torch.empty(library.sjr_scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     getattr(library, f"sjr_{function}")(ctypes.byref(job))
 
@@ -210,6 +208,5 @@ def _load() -> ctypes.CDLL | str:
         )
     if interface != _INTERFACE:
         return f"{path} belongs to another version of sj_robust; install sj_robust again"
-    for operator in ("dlif", "bn_dlif"):
-        getattr(library, f"sjr_{operator}_scratch_bytes").restype = ctypes.c_int64
+    library.sjr_scratch_bytes.restype = ctypes.c_int64
     return library

@@ -8,6 +8,16 @@
   16  // SSE2, NEON; tests may widen it to run the code path of another width
 #endif
 
+// What an instruction set makes of a name.
+#if defined(__x86_64__)
+#define SJR_OF_SET(job, name)                               \
+  ((job).instruction_set == sjr::AVX512 ? sjr::avx512::name \
+   : (job).instruction_set == sjr::AVX2 ? sjr::avx2::name   \
+                                        : sjr::baseline::name)
+#else
+#define SJR_OF_SET(job, name) (sjr::baseline::name)
+#endif
+
 #define SJR_TARGET_INLINE inline __attribute__((always_inline))
 #define SJR_INLINE static SJR_TARGET_INLINE
 // SJR_UNROLL lets a loop over vectors handle two cache lines at a time.

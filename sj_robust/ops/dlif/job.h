@@ -38,7 +38,7 @@ struct Job {
   void* scratch;
   int64_t stream;  // set here
   // The step is [N, channels, plane], or [N, plane, channels] if channels_last; both 0 where
-  // neither of the parts below needs them. A batch norm before the neuron, as used in bn_dlif: per
+  // neither of the parts below needs them. A batch norm before the neuron, if scale is there: per
   // channel x becomes scale * x + offset, and gx is scale * g + slope * (x - mean) + constant. A
   // 2x2 average pooling behind it, if pool: the plane is [height, width], s and gs are those of its
   // output.
@@ -105,6 +105,7 @@ struct Code {  // of one instruction set
                    double* gain_sums,
                    double* channel_sums);
   int64_t (*scratch_bytes)(const Job& job);
+  void (*add_samples)(const Job& job, int64_t first, int64_t last, double* sums);
 };
 
 // Units depend on the shape alone, so that sums over them do not depend on the number of threads.
@@ -199,16 +200,3 @@ struct Plan {
 };
 
 }  // namespace sjr
-
-// The functions of one instruction set, named by every SJR_BODY.
-#if defined(__x86_64__)
-#define SJR_CODE_OF(job)                                                                    \
-  ((job).instruction_set == sjr::AVX512                                                     \
-       ? sjr::Code{sjr::avx512::forward, sjr::avx512::backward, sjr::avx512::scratch_bytes} \
-   : (job).instruction_set == sjr::AVX2                                                     \
-       ? sjr::Code{sjr::avx2::forward, sjr::avx2::backward, sjr::avx2::scratch_bytes}       \
-       : sjr::Code{sjr::baseline::forward, sjr::baseline::backward, sjr::baseline::scratch_bytes})
-#else
-#define SJR_CODE_OF(job) \
-  (sjr::Code{sjr::baseline::forward, sjr::baseline::backward, sjr::baseline::scratch_bytes})
-#endif

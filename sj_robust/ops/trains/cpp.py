@@ -1,6 +1,7 @@
 """Bounds of spiking layers on the CPU with the compiled kernels."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,52 +67,30 @@ def _unsupported(windows: Windows) -> str | None:
 
 def bounded_steps(currents: Currents, constants: Constants, windows: Windows) -> StepBounds:
     """See :func:`sj_robust.ops.trains.reference.bounded_steps`; hard resets alone."""
-    low = currents.low.contiguous()
+    low = currents.low
     T, M = low.shape
-    found = [torch.empty_like(low) for _ in STEP_PARTS]
+    found = {name: torch.empty(T, M, dtype=torch.float64) for name in STEP_PARTS}
     windowed = currents.sums_low is not None
-    cases = [empty_cases(low), empty_cases(low)]
+    cases = {name: empty_cases(low) for name in ("sure_cases", "possible_cases")}
     if windowed:
-        cases = [torch.empty_like(low, dtype=torch.int16) for _ in cases]
-    kept = [
-        _contiguous(part)
-        for part in (
-            currents.high,
-            currents.known_low,
-            currents.known_high,
-            currents.error,
-            currents.sums_low,
-            currents.sums_high,
-        )
-    ]
-    gains = torch.tensor(constants.gains, dtype=torch.float64)
+        cases = {name: torch.empty(T, M, dtype=torch.int16) for name in cases}
+    numbers = vars(constants) | {"gains": torch.tensor(constants.gains, dtype=torch.float64)}
+    del numbers["soft"]
     discounts = [constants.decay**n for n in range(T + 1)]
-    powers = torch.tensor(discounts, dtype=torch.float64)
-    names = ("high", "known_low", "known_high", "error", "sums_low", "sums_high")
-    job = _StepsJob(
+    _run(
+        "bounded_steps",
+        _StepsJob,
         T=T,
         M=M,
         kept=windows.kept,
-        decay=constants.decay,
-        rest=constants.rest,
-        threshold=constants.threshold,
-        above=constants.above,
-        below=constants.below,
-        charge_unit=constants.charge_unit,
-        charge_least=constants.charge_least,
-        reset_unit=constants.reset_unit,
-        reset_least=constants.reset_least,
         windowed=windowed,
-        **_machine(),
-        **_pointers(gains=gains, powers=powers, low=low),
-        **_pointers(**dict(zip(names, kept, strict=True))),
-        **_pointers(**dict(zip(STEP_PARTS, found, strict=True))),
+        powers=torch.tensor(discounts, dtype=torch.float64),
+        **numbers,
+        **vars(currents),
+        **found,
+        **(cases if windowed else {}),
     )
-    if windowed:
-        job.sure_cases = cases[0].data_ptr()
-        job.possible_cases = cases[1].data_ptr()
-    _run("bounded_steps", job)
-    return StepBounds(*found, *cases)
+    return StepBounds(**found, **cases)
 
 
 def train_sums(
@@ -122,10 +101,6 @@ def train_sums(
     M = trains.place.numel()
     padded = weights.new_zeros(-(-F // _LANES) * _LANES, T)
     padded[:F] = weights
-    by_step = padded.T.contiguous()
-    sure = trains.sure[:T].contiguous()
-    possible = trains.possible[:T].contiguous()
-    chained = trains.spikes is not None
     tables: tuple[Tensor | None, Tensor | None] = (None, None)
     if trains.spikes is not None:
         assert trains.first is not None
@@ -136,8 +111,9 @@ def train_sums(
     dtype = torch.float64 if narrow is None else torch.float32
     low = torch.empty(F, M, dtype=dtype)
     high = torch.empty_like(low)
-    cases = [trains.sure_cases[:T].contiguous(), trains.possible_cases[:T].contiguous()]
-    job = _SumsJob(
+    _run(
+        "train_sums",
+        _SumsJob,
         T=T,
         F=len(padded),
         M=M,
@@ -145,16 +121,22 @@ def train_sums(
         kept=windows.kept,
         trains=0 if trains.spikes is None else len(trains.spikes),
         asked=F,
-        chained=chained,
+        chained=trains.spikes is not None,
         narrow=narrow is not None,
         slack=narrow or 1.0,
-        **_machine(),
-        **_pointers(weights=by_step, sure=sure, possible=possible, place=trains.place),
-        **_pointers(sure_cases=cases[0], possible_cases=cases[1]),
-        **_pointers(first=trains.first, last=trains.last, least=tables[0], most=tables[1]),
-        **_pointers(low=low, high=high),
+        weights=padded.T,
+        sure=trains.sure[:T],
+        possible=trains.possible[:T],
+        place=trains.place,
+        sure_cases=trains.sure_cases[:T],
+        possible_cases=trains.possible_cases[:T],
+        first=trains.first,
+        last=trains.last,
+        least=tables[0],
+        most=tables[1],
+        low=low,
+        high=high,
     )
-    _run("train_sums", job)
     return low, high
 
 
@@ -162,13 +144,9 @@ def joint_sums(
     sums: tuple[Tensor, Tensor], weights: Tensor, powers: Tensor, neuron: Trained, windows: Windows
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sj_robust.ops.trains.operator.joint_sums`."""
-    M = sums[0].shape[1]
-    least = weights.new_empty(len(weights), M)
+    least = weights.new_empty(len(weights), sums[0].shape[1])
     most = torch.empty_like(least)
-    job = _joint_job(sums, weights, powers, neuron, windows)
-    job.least = least.data_ptr()
-    job.most = most.data_ptr()
-    _run("joint_sums", job)
+    _run_joint(sums, weights, powers, neuron, windows, least=least, most=most)
     return least, most
 
 
@@ -182,29 +160,29 @@ def joint_sums_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of both sums, of weights and of powers."""
     F, T = weights.shape
-    low = torch.empty_like(sums[0])
+    low = weights.new_empty(sums[0].shape)
     high = torch.empty_like(low)
     totals = torch.empty(F * T + T + 1, dtype=torch.float64)
-    job = _joint_job(sums, weights, powers, neuron, windows)
-    job.grad_least = grads[0].data_ptr()
-    job.grad_most = grads[1].data_ptr()
-    job.grad_low = low.data_ptr()
-    job.grad_high = high.data_ptr()
-    job.totals = totals.data_ptr()
-    _run("joint_sums", job)
-    found = totals.to(low.dtype)
-    d_weights = found[: F * T].view(F, T)
-    d_powers = found[F * T :].clone()
-    return low, high, d_weights, d_powers
+    given = {"grad_least": grads[0], "grad_most": grads[1]}
+    found = {"grad_low": low, "grad_high": high, "totals": totals}
+    _run_joint(sums, weights, powers, neuron, windows, **given, **found)
+    d_weights, d_powers = torch.split(totals.to(low.dtype), [F * T, T + 1])
+    return low, high, d_weights.view(F, T), d_powers.clone()
 
 
-def _joint_job(
-    sums: tuple[Tensor, Tensor], weights: Tensor, powers: Tensor, neuron: Trained, windows: Windows
-) -> "_JointJob":
-    """A call; all tensors are contiguous."""
+def _run_joint(
+    sums: tuple[Tensor, Tensor],
+    weights: Tensor,
+    powers: Tensor,
+    neuron: Trained,
+    windows: Windows,
+    **others: Tensor,
+) -> None:
     F, T = weights.shape
     _check_dtypes(*sums, weights, powers)
-    return _JointJob(
+    _run(
+        "joint_sums",
+        _JointJob,
         T=T,
         F=F,
         M=sums[0].shape[1],
@@ -212,8 +190,11 @@ def _joint_job(
         W=len(sums[0]),
         threshold=neuron.threshold,
         **_derivative(neuron, weights),
-        **_machine(),
-        **_pointers(sums_low=sums[0], sums_high=sums[1], weights=weights, powers=powers),
+        sums_low=sums[0],
+        sums_high=sums[1],
+        weights=weights,
+        powers=powers,
+        **others,
     )
 
 
@@ -232,16 +213,20 @@ def chain_sums(first: Tensor, last: Tensor, tables: tuple[Tensor, Tensor]) -> tu
     _check_dtypes(*tables)
     least = tables[0].new_empty(F, len(first))
     most = torch.empty_like(least)
-    job = _ChainJob(
+    _run(
+        "chain_sums",
+        _ChainJob,
         F=F,
         M=len(first),
         J=J,
         doubles=least.dtype == torch.float64,
-        **_machine(),
-        **_pointers(first=first, last=last, least=tables[0], most=tables[1]),
-        **_pointers(least_sums=least, most_sums=most),
+        first=first,
+        last=last,
+        least=tables[0],
+        most=tables[1],
+        least_sums=least,
+        most_sums=most,
     )
-    _run("chain_sums", job)
     return least, most
 
 
@@ -260,37 +245,40 @@ def chain_sums_backward(
     J = len(chains.to_last)
     G = len(chains.scale)
     padding = -2 * F % _LANES
-    tables = [
-        torch.nn.functional.pad(table, (0, padding)).contiguous()
-        for table in (chains.to_last, chains.from_first)
-    ]
-    low = torch.empty_like(chains.low)
+    low = chains.low.new_empty(chains.low.shape)
     high = torch.empty_like(low)
     totals = torch.empty(2 * G + F * J, dtype=torch.float64)
-    at = {}
+    of_values: dict[str, Tensor | bool] = {}
     if places is not None:
-        at["least_at"] = places.least.to(torch.int32).contiguous()
-        at["most_at"] = places.most.to(torch.int32).contiguous()
-    job = _ChainJob(
+        of_values["least_at"] = places.least.to(torch.int32)
+        of_values["most_at"] = places.most.to(torch.int32)
+        of_values["centred"] = places.centred
+    _run(
+        "chain_sums",
+        _ChainJob,
         F=F,
         M=len(low),
         J=J,
         G=G,
         S=2 * F + padding,
-        centred=places is not None and places.centred,
-        **_pointers(**at),
         **_derivative(neuron, low),
-        **_machine(),
-        **_pointers(first=chains.first, last=chains.last, low=chains.low, high=chains.high),
-        **_pointers(grad_least=grads[0], grad_most=grads[1]),
-        **_pointers(to_last=tables[0], from_first=tables[1]),
-        **_pointers(scale=chains.scale, shift=chains.shift),
-        **_pointers(grad_low=low, grad_high=high, totals=totals),
+        **of_values,
+        first=chains.first,
+        last=chains.last,
+        low=chains.low,
+        high=chains.high,
+        grad_least=grads[0],
+        grad_most=grads[1],
+        to_last=torch.nn.functional.pad(chains.to_last, (0, padding)),
+        from_first=torch.nn.functional.pad(chains.from_first, (0, padding)),
+        scale=chains.scale,
+        shift=chains.shift,
+        grad_low=low,
+        grad_high=high,
+        totals=totals,
     )
-    _run("chain_sums", job)
     of_scale, of_shift, values = torch.split(totals.to(low.dtype), [G, G, F * J])
-    of_values = None if places is None else values.view(F, J)
-    return low, high, of_scale, of_shift, of_values
+    return low, high, of_scale, of_shift, None if places is None else values.view(F, J)
 
 
 def _check_dtypes(*tensors: Tensor) -> None:
@@ -302,26 +290,22 @@ def _check_dtypes(*tensors: Tensor) -> None:
         )
 
 
-def _contiguous(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.contiguous()
-
-
-def _pointers(**tensors: Tensor | None) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
-
-
-def _machine() -> dict[str, int]:
-    return {
-        "instruction_set": cpp.chosen_instruction_set(),
-        "threads": torch.get_num_threads(),
-        "own_threads": cpp.is_forked(),
-    }
-
-
-def _run(function: str, job: ctypes.Structure) -> None:
+def _run(function: str, job_type: type[ctypes.Structure], **fields: Any) -> None:
+    """Call a function of the library; tensors, made contiguous, go to the fields of its job that
+    bear their names. Those that it writes are contiguous.
+    """
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the compiled bounds are not available: {library}")
+    tensors = {name: one.contiguous() for name, one in fields.items() if isinstance(one, Tensor)}
+    numbers = {name: one for name, one in fields.items() if isinstance(one, (bool, int, float))}
+    job = job_type(
+        **numbers,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        instruction_set=cpp.chosen_instruction_set(),
+        threads=torch.get_num_threads(),
+        own_threads=cpp.is_forked(),
+    )
     size = getattr(library, f"sjr_{function}_scratch_bytes")(ctypes.byref(job))
     scratch = torch.empty(size // 8 + 8, dtype=torch.float64)
     job.scratch = scratch.data_ptr()

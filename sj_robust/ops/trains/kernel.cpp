@@ -47,15 +47,6 @@ struct Work {
   }
 };
 
-#if defined(__x86_64__)
-#define SJR_OF_SET(job, name)                               \
-  ((job).instruction_set == sjr::AVX512 ? sjr::avx512::name \
-   : (job).instruction_set == sjr::AVX2 ? sjr::avx2::name   \
-                                        : sjr::baseline::name)
-#else
-#define SJR_OF_SET(job, name) (sjr::baseline::name)
-#endif
-
 int64_t rounded_up(int64_t doubles) {
   return (doubles + 7) / 8 * 8;
 }

@@ -172,9 +172,7 @@ class _JointSums(torch.autograd.Function):
 def _run_joint(
     low: Tensor, high: Tensor, weights: Tensor, powers: Tensor, *, kept: int, **neuron: Any
 ) -> tuple[Tensor, Tensor]:
-    given = [part.contiguous() for part in (low, high, weights, powers)]
-    sums = given[0], given[1]
-    return cpp.joint_sums(sums, given[2], given[3], Trained(**neuron), Windows(kept))
+    return cpp.joint_sums((low, high), weights, powers, Trained(**neuron), Windows(kept))
 
 
 def _joint_fake(
@@ -185,7 +183,7 @@ def _joint_fake(
 
 
 def _run_joint_backward(*tensors: Tensor, kept: int, **neuron: Any) -> tuple[Tensor, ...]:
-    least, most, low, high, weights, powers = (part.contiguous() for part in tensors)
+    least, most, low, high, weights, powers = tensors
     return cpp.joint_sums_backward(
         (least, most), (low, high), weights, powers, Trained(**neuron), Windows(kept)
     )

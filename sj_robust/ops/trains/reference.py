@@ -86,7 +86,6 @@ def bounded_steps(currents: Currents, constants: Constants, windows: Windows) ->
     past = None
     if currents.sums_low is not None:
         past = _Past(currents, constants, windows)
-        past.begin()
     rows: list[list[Tensor]] = []
     for t, gain in enumerate(constants.gains):
         x = _Ends(currents.low[t], currents.high[t])
@@ -179,15 +178,56 @@ def _reset(h: _Ends, spikes: _Ends, constants: Constants) -> _Ends:
     return _Ends(low, high)
 
 
+class _Resets:
+    """What is known of the last reset before a step, by slot of :class:`Windows`.
+
+    Attributes:
+        reached: Whether it can be that one.
+        counts: Bounds of the discounted number of spikes before.
+    """
+
+    def __init__(self, windows: Windows, like: Tensor) -> None:
+        """Before the first step there is one window, and nothing has happened."""
+        self.windows = windows
+        self.reached = [torch.ones_like(like, dtype=torch.bool)]
+        self.counts = [_Ends(torch.zeros_like(like), torch.zeros_like(like))]
+
+    def advance(
+        self, t: int, sure: list[Tensor], possible: list[Tensor], decay: float | Tensor
+    ) -> None:
+        """A step on: by slot, whether there is a spike at t for sure, and whether there may be
+        one.
+        """
+        fires = [may & here for may, here in zip(possible, self.reached, strict=True)]
+        some = torch.stack(fires).any(0)
+        slots = self.windows.slots(t + 1)
+        reached = [torch.zeros_like(some)] * slots
+        counts: list[_Ends | None] = [None] * slots
+        for slot, count in enumerate(self.counts):
+            after = self.windows.after(t, slot)
+            reached[after] = reached[after] | (self.reached[slot] & ~sure[slot])
+            counts[after] = count.joined(counts[after])
+        reached[-1] = some
+        counts[-1] = self._with_one_more(torch.stack(fires), some)
+        self.reached = reached
+        kept = [count for count in counts if count is not None]
+        self.counts = [_Ends(decay * count.low, decay * count.high) for count in kept]
+
+    def _with_one_more(self, fires: Tensor, some: Tensor) -> _Ends:
+        low = torch.stack([count.low for count in self.counts])
+        high = torch.stack([count.high for count in self.counts])
+        fewest = torch.where(fires, low, torch.inf).amin(0) + 1
+        most = torch.where(fires, high, -torch.inf).amax(0) + 1
+        return _Ends(torch.where(some, fewest, 0.0), torch.where(some, most, 0.0))
+
+
 @dataclass
 class _Past:
     """What the steps so far leave to the windows of later ones; see :class:`Windows`.
 
     Attributes:
         charged: By step and slot, bounds of the charged potential.
-        reached: By slot, whether the last reset can be that one.
         starts: By first step, bounds of the potential that a spike before left; soft resets.
-        discounts: By slot, bounds of the discounted number of spikes before; soft resets.
         drift: How far float32's potential can be from the charge equation.
     """
 
@@ -197,18 +237,13 @@ class _Past:
     charged: list[list[_Ends]] = field(default_factory=list)
     sure_cases: list[Tensor] = field(default_factory=list)
     possible_cases: list[Tensor] = field(default_factory=list)
-    reached: list[Tensor] = field(default_factory=list)
     starts: list[_Ends] = field(default_factory=list)
-    discounts: list[_Ends] = field(default_factory=list)
     drift: Tensor | float = 0.0
 
-    def begin(self) -> None:
-        """Before the first step there is one window, and nothing has happened."""
-        nothing = torch.zeros_like(self.currents.low[0])
-        zero = _Ends(nothing, nothing)
-        self.reached.append(torch.ones_like(nothing, dtype=torch.bool))
-        self.starts.append(zero)
-        self.discounts.append(zero)
+    def __post_init__(self) -> None:
+        """Before the first step."""
+        self.resets = _Resets(self.windows, self.currents.low[0])
+        self.starts += self.resets.counts
         steps = len(self.currents.low)
         listed = self.windows.listed(steps)
         self.rows = {window: row for row, window in enumerate(listed)}
@@ -235,7 +270,7 @@ class _Past:
         charged = []
         sure_cases = []
         possible_cases = []
-        for slot, reached in enumerate(self.reached):
+        for slot, reached in enumerate(self.resets.reached):
             ends = self._charged(t, slot, h)
             fires, may_fire = _fires(self.currents, t, ends, constants)
             low = torch.where(reached, torch.minimum(low, ends.low), low)
@@ -249,7 +284,10 @@ class _Past:
         self.charged.append(charged)
         self.sure_cases.append(_as_bits(sure_cases))
         self.possible_cases.append(_as_bits(possible_cases))
-        self._remember(t, h, sure_cases, possible_cases, possible)
+        self.drift = self.drift + constants.of_reset(h.size())
+        fired = h.low.clamp(min=constants.below)
+        self.starts.append(_Ends(fired - constants.threshold, h.high - constants.threshold))
+        self.resets.advance(t, sure_cases, possible_cases, constants.decay)
         return h, sure, possible
 
     def _charged(self, t: int, slot: int, h: _Ends) -> _Ends:
@@ -307,56 +345,7 @@ class _Past:
     def _after_spikes(self, t: int, slot: int, found: _Ends) -> _Ends:
         """Bounds of the potential from all charges and the number of spikes before."""
         whole = self.sums(0, t).widened(torch.as_tensor(self.drift))
-        return found.lowered_from(whole, self.discounts[slot], self.constants.threshold)
-
-    def _remember(
-        self,
-        t: int,
-        h: _Ends,
-        sure_cases: list[Tensor],
-        possible_cases: list[Tensor],
-        possible: Tensor,
-    ) -> None:
-        """What this step leaves to later ones."""
-        self.drift = self.drift + self.constants.of_reset(h.size())
-        discounts = []
-        if self.constants.soft:
-            discounts = self._discounts(t, h, possible_cases, possible)
-        slots = self.windows.slots(t + 1)
-        later = [torch.zeros_like(possible) for _ in range(slots)]
-        for slot, sure in enumerate(sure_cases):
-            silent = self.reached[slot] & ~sure
-            after = self.windows.after(t, slot)
-            later[after] = later[after] | silent
-        later[-1] = possible
-        self.reached = later
-        self.discounts = discounts
-
-    def _discounts(
-        self, t: int, h: _Ends, possible_cases: list[Tensor], possible: Tensor
-    ) -> list[_Ends]:
-        """Discounted number of spikes before the slots of the next step; also keeps the potential
-        after a spike at this one.
-        """
-        decay = self.constants.decay
-        threshold = self.constants.threshold
-        fired_low = h.low.clamp(min=self.constants.below)
-        self.starts.append(_Ends(fired_low - threshold, h.high - threshold))
-        least = torch.full_like(h.low, torch.inf)
-        most = -least
-        later: list[_Ends | None] = [None] * self.windows.slots(t + 1)
-        for slot, may_fire in enumerate(possible_cases):
-            count = self.discounts[slot]
-            fires = may_fire & self.reached[slot]
-            least = torch.where(fires, torch.minimum(least, count.low), least)
-            most = torch.where(fires, torch.maximum(most, count.high), most)
-            after = self.windows.after(t, slot)
-            kept = _Ends(count.low * decay, count.high * decay)
-            later[after] = kept.joined(later[after])
-        least = torch.where(possible, least + 1, 0.0)
-        most = torch.where(possible, most + 1, 0.0)
-        later[-1] = _Ends(least * decay, most * decay)
-        return [ends for ends in later if ends is not None]
+        return found.lowered_from(whole, self.resets.counts[slot], self.constants.threshold)
 
 
 def _as_bits(flags: list[Tensor]) -> Tensor:
@@ -540,10 +529,8 @@ class _TrainedPast:
         self.cases: list[_Cases] = []
         rows = windows.listed(len(powers) - 1)
         self.rows = {window: row for row, window in enumerate(rows)}
-        nothing = torch.zeros_like(sums[0][0])
-        self.starts = [_Ends(nothing, nothing)]
-        self.discounts = [_Ends(nothing, nothing)]
-        self.reached = [torch.ones_like(nothing, dtype=torch.bool)]
+        self.resets = _Resets(windows, sums[0][0])
+        self.starts = self.resets.counts
 
     def step(self, t: int) -> None:
         """Whether there is a spike at t, for every slot."""
@@ -562,7 +549,9 @@ class _TrainedPast:
         )
         self.cases.append(cases)
         if self.neuron.soft:
-            self._remember(t, cases)
+            self.starts = [*self.starts, self._after_a_spike(cases)]
+            sure, possible = (part.detach() > 0 for part in (cases.sure, cases.possible))
+            self.resets.advance(t, [*sure], [*possible], self.powers[1].detach())
 
     def _of_window(self, a: int, t: int) -> _Ends:
         row = self.rows[a, t]
@@ -614,47 +603,15 @@ class _TrainedPast:
     def _after_spikes(self, t: int, slot: int, found: _Ends) -> _Ends:
         """Cut off by all charges and the number of spikes before."""
         whole = self._of_window(0, t)
-        return found.lowered_from(whole, self.discounts[slot], self.neuron.threshold)
+        return found.lowered_from(whole, self.resets.counts[slot], self.neuron.threshold)
 
-    def _remember(self, t: int, cases: _Cases) -> None:
-        """Potential and number of spikes after a spike at this step; the number has no graph."""
-        sure = cases.sure.detach() > 0
-        possible = cases.possible.detach() > 0
-        reached = torch.stack(self.reached)
-        self.starts.append(self._after_a_spike(cases, reached))
-        fires = reached & possible
-        some = fires.any(0)
-        slots = self.windows.slots(t + 1)
-        silent = [torch.zeros_like(some) for _ in range(slots)]
-        counts: list[_Ends | None] = [None] * slots
-        for slot, count in enumerate(self.discounts):
-            after = self.windows.after(t, slot)
-            stays = reached[slot] & ~sure[slot]
-            silent[after] = silent[after] | stays
-            counts[after] = count.joined(counts[after])
-        silent[-1] = some
-        counts[-1] = self._counted(fires, some)
-        self.reached = silent
-        decay = self.powers[1].detach()
-        kept = [count for count in counts if count is not None]
-        self.discounts = [_Ends(decay * count.low, decay * count.high) for count in kept]
-
-    def _after_a_spike(self, cases: _Cases, reached: Tensor) -> _Ends:
+    def _after_a_spike(self, cases: _Cases) -> _Ends:
         """Bounds of the potential, whichever slot fires."""
+        reached = torch.stack(self.resets.reached)
         threshold = self.neuron.threshold
         least = torch.where(reached, cases.low, torch.inf).amin(0)
         most = torch.where(reached, cases.high, -torch.inf).amax(0)
         return _Ends(at_least(least, threshold) - threshold, most - threshold)
-
-    def _counted(self, fires: Tensor, some: Tensor) -> _Ends:
-        """Bounds of the number of spikes with one more; ``some`` neurons can have it."""
-        low = torch.stack([count.low for count in self.discounts])
-        high = torch.stack([count.high for count in self.discounts])
-        fewest = torch.where(fires, low, torch.inf).amin(0) + 1
-        most = torch.where(fires, high, -torch.inf).amax(0) + 1
-        low = torch.where(some, fewest, 0.0)
-        high = torch.where(some, most, 0.0)
-        return _Ends(low, high)
 
     def over_paths(self, weights: Tensor, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The dynamic program of :func:`path_sums`, with products instead of cases."""

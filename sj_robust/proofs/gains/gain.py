@@ -136,7 +136,8 @@ def peak_gain(
         2.732
     """
     operator = time_operator(decay, T, input_gain).detach().cpu()
-    return torch.linalg.vector_norm(operator, dim=-1).amax(-1)
+    rows: Tensor = torch.linalg.vector_norm(operator, dim=-1)
+    return rows.amax(-1)
 
 
 def l2_gain_limit(decay: float | Tensor) -> Tensor:
@@ -246,7 +247,7 @@ def _checked(
     if not bool(torch.isfinite(gains).all()):
         raise ValueError("input_gain must be finite, but holds NaN or infinity")
     try:
-        torch.broadcast_shapes(decays.shape, gains.shape[:-1])
+        decays + gains[..., 0]
     except RuntimeError:
         raise ValueError(
             f"decay [...] and input_gain [..., T] must broadcast, got {tuple(decays.shape)} and "

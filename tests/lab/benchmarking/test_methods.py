@@ -3,12 +3,12 @@
 import pytest
 import torch
 from covering import mostly_slow
-from lab.benchmarking import networks, worker
+from lab.benchmarking import networks, race
 from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
-from lab.benchmarking.layers import Layer
+from lab.benchmarking.layers import Layer, textbook_loop
 from lab.benchmarking.networks import FUSED, NetworkTask, Precision
-from lab.benchmarking.published import PublishedTask
-from lab.benchmarking.worker import NOT_HERE
+from lab.benchmarking.race import NOT_HERE
+from lab.benchmarking.steps import PublishedTask
 
 from sj_robust.ops.dlif import cpp
 from sj_robust.training import MODES
@@ -31,7 +31,7 @@ NEED_MORE |= {"cupy", "triton", "GPU", "snnTorch", "Norse"}
 
 def ran(subject, method, shape):
     """The first answers of a worker."""
-    answers = worker.answers(subject, method, shape, device="cpu")
+    answers = race.answers(subject, method, shape, device="cpu")
     return next(answers), next(answers, None)
 
 
@@ -41,7 +41,7 @@ def test_every_method_is_right_and_runs_or_says_what_is_missing(subject, method,
     for name, value in benchmark.variables.get(method, {}).items():
         monkeypatch.setenv(name, value)
     try:
-        task = worker.made(subject, method, CURRENTS if benchmark.passes else IMAGES)
+        task = race.made(subject, method, CURRENTS if benchmark.passes else IMAGES)
     except ImportError:
         assert any(word in method for word in NEED_MORE)
         return
@@ -66,20 +66,24 @@ def test_the_published_step_draws_the_noise_of_its_paper(mode, monkeypatch):
         draw = getattr(torch, kind)
         noted = lambda x, kind=kind, draw=draw: drawn.add(kind) or draw(x)  # noqa: E731
         monkeypatch.setattr(torch, kind, noted)
-    worker.made("training_step", f"{mode}, textbook loop", IMAGES).forward()
+    race.made("training_step", f"{mode}, textbook loop", IMAGES).forward()
     expected = {"none": set(), "pgd_at": {"rand_like"}}.get(mode, {"randn_like"})
     assert drawn == expected
 
 
-class Late(torch.nn.Module):
-    """Stands for a neuron whose gradient is wrong."""
+class WrongGradient(torch.nn.Module):
+    """A neuron with the spikes of DLIF."""
+
+    def __init__(self, T):
+        super().__init__()
+        self.node = textbook_loop(T)
 
     def forward(self, x_seq):
-        return (x_seq.cumsum(0) >= 1).to(x_seq) + 0 * x_seq
+        return self.node(x_seq).detach() + 0 * x_seq
 
 
 WRONG_LAYERS = {
-    "does not equal the textbook loop": Layer(lambda T: Late()),
+    "does not equal the textbook loop": Layer(WrongGradient),
     "neither 0 nor 1": Layer(lambda T: torch.sigmoid, check="spikes"),
 }
 
