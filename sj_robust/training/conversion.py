@@ -21,7 +21,7 @@ from sj_robust.core.checks import (
 from sj_robust.core.host import invalidate_reset_cache, is_neuron, step_mode
 from sj_robust.core.preserved import full_precision, preserved
 from sj_robust.models.direct import DirectlyEncoded
-from sj_robust.neuron import DLIFNode
+from sj_robust.neuron import ClippedReLU, DLIFNode
 
 __all__ = ["Rescale", "convert"]
 
@@ -62,9 +62,10 @@ def convert(
 ) -> SpikingClassifier:
     """A spiking network with the weights of a network of ReLUs. 将 ReLU 网络转换为脉冲网络。
 
-    Equation: with the ``quantile`` s of the positive activations of a ReLU on the images ``x``, an
-    IF neuron with a soft reset and threshold 1 takes its place, whose input and output carry the
-    scale, and half a threshold is spread over the steps::
+    Equation: with the ``quantile`` s of the positive activations of a ReLU on the images ``x``, or
+    the threshold of a :class:`sj_robust.neuron.ClippedReLU`, an IF neuron with a soft reset and
+    threshold 1 takes its place, whose input and output carry the scale, and half a threshold is
+    spread over the steps::
 
         h[t] = v[t-1] + current / s + 1 / (2 T),    a = s * spikes,    v[t] = h[t] - spikes[t]
 
@@ -85,8 +86,8 @@ def convert(
             ``--neuron relu`` trains, or a bare network of ReLUs that takes images [N, *].
         x: Images [N, *] in [0, 1] on which the activations are measured.
         T: Number of time steps, >= 1.
-        quantile: Of the positive activations, in (0, 1].
-        per_channel: Whether every channel has a scale of its own.
+        quantile: Of the positive activations of a ReLU, in (0, 1].
+        per_channel: Whether every channel of a ReLU has a scale of its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 
@@ -158,8 +159,8 @@ class Rescale(nn.Module):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        from_host = type(m).__module__.startswith("spikingjelly")
-        return from_host or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, ClippedReLU) or type(m).__module__.startswith("spikingjelly")
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Traced:
@@ -195,7 +196,7 @@ class _Traced:
 
     def _is_relu(self, node: Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.modules[str(node.target)], nn.ReLU)
+            return isinstance(self.modules[str(node.target)], (nn.ReLU, ClippedReLU))
         return node.op in CALLS and _name(node) == "relu"
 
     def _check(self) -> None:
@@ -232,6 +233,9 @@ class _Traced:
     def scale(self, node: Node, quantile: float, *, per_channel: bool) -> Tensor:
         """What becomes one spike per step, [C]."""
         by_channel = self.values[node].movedim(self._channel, 0).flatten(1)
+        activation: Any = self.modules.get(str(node.target))
+        if isinstance(activation, ClippedReLU):
+            return activation.threshold.expand(len(by_channel)).clone()
         of_layer = _quantile(by_channel.flatten(), quantile)
         if not per_channel:
             return of_layer.expand(len(by_channel)).clone()
