@@ -22,6 +22,7 @@ from sj_robust.core.environment import CODE_KEY, machine
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import full_precision, preserved, seeded_network
 from sj_robust.defences import (
+    ClippedReLU,
     EvolvingLeakNode,
     FrequencyEncoder,
     HomeostaticNode,
@@ -34,7 +35,7 @@ from sj_robust.models.chain import VGG, VGG_FEATURES, FullyConnected, SmallConvN
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
-from sj_robust.neuron import ClippedReLU, DLIFNode, Stage, fuse, replace_neurons
+from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
 __all__ = [
     "NETWORKS",
@@ -79,7 +80,7 @@ class NetworkSpec:
             :mod:`sj_robust.defences`: ``"tgo"`` (``NoisyLIFNode``), ``"feel"``
             (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
             ``StochasticGate`` behind it). ``"relu"`` and ``"clipped_relu"``
-            (:class:`sj_robust.neuron.ClippedReLU`) build an ordinary network for T = 1 instead, as
+            (:class:`sj_robust.defences.ClippedReLU`) build an ordinary network for T = 1 instead, as
             a baseline without spikes and for :func:`sj_robust.training.convert`. With ``"dlif"``, the IF, LIF and PLIF neurons
             of your own network or of the model zoo are converted by ``replace_neurons``, which
             keeps their own tau.

@@ -20,8 +20,9 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.host import invalidate_reset_cache, is_neuron, step_mode
 from sj_robust.core.preserved import full_precision, preserved
+from sj_robust.defences import ClippedReLU
 from sj_robust.models.direct import DirectlyEncoded
-from sj_robust.neuron import ClippedReLU, DLIFNode
+from sj_robust.neuron import DLIFNode
 
 __all__ = ["Rescale", "convert"]
 
@@ -63,7 +64,7 @@ def convert(
     """A spiking network with the weights of a network of ReLUs. 将 ReLU 网络转换为脉冲网络。
 
     Equation: with the ``quantile`` s of the positive activations of a ReLU on the images ``x``, or
-    the threshold of a :class:`sj_robust.neuron.ClippedReLU`, an IF neuron with a soft reset and
+    the threshold of a :class:`sj_robust.defences.ClippedReLU`, an IF neuron with a soft reset and
     threshold 1 takes its place, whose input and output carry the scale, and half a threshold is
     spread over the steps::
 
@@ -232,10 +233,10 @@ class _Traced:
 
     def scale(self, node: Node, quantile: float, *, per_channel: bool) -> Tensor:
         """What becomes one spike per step, [C]."""
-        by_channel = self.values[node].movedim(self._channel, 0).flatten(1)
-        activation: Any = self.modules.get(str(node.target))
+        activation = self.modules.get(str(node.target))
         if isinstance(activation, ClippedReLU):
-            return activation.threshold.expand(len(by_channel)).clone()
+            return activation.threshold.clone()
+        by_channel = self.values[node].movedim(self._channel, 0).flatten(1)
         of_layer = _quantile(by_channel.flatten(), quantile)
         if not per_channel:
             return of_layer.expand(len(by_channel)).clone()

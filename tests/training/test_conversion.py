@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier, compare_potentials, verify
+from sj_robust.defences import ClippedReLU
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import DLIFNode
 from sj_robust.training import convert
@@ -18,8 +19,8 @@ IMAGE = (3, 8, 8)
 SPEC = {"image_shape": IMAGE, "classes": 4}
 
 
-def packaged(**options):
-    return build_classifier(NetworkSpec(neuron="relu", T=1, **SPEC, **options))
+def packaged(neuron="relu", **options):
+    return build_classifier(NetworkSpec(neuron=neuron, T=1, **SPEC, **options))
 
 
 class Block(nn.Module):
@@ -62,6 +63,7 @@ TWINS = {
     "small with hidden": lambda: packaged(options={"hidden": [9], "batch_norm": False}),
     "vgg5": lambda: packaged(name="vgg5", hidden=(16,)),
     "wrn16_4": lambda: packaged(name="wrn16_4"),
+    "clipped": lambda: packaged("clipped_relu", options={"threshold": 0.5}),
     "residual": residual,
     "functional": Functional,
 }
@@ -123,6 +125,20 @@ def test_a_network_of_the_package_fits_its_specification_and_is_used_as_any_othe
     assert compare_potentials(spiking, x, (x + 0.1).clamp(max=1))["stages.0.node"].T == 5
     kinds = {type(module) for module in convert(residual().eval(), x).net.modules()}
     assert DLIFNode in kinds
+
+
+def test_a_clipped_relu_is_as_uncertain_as_counts_in_training_alone():
+    clipped = ClippedReLU(levels=4, threshold=2.0)
+    x = torch.linspace(-1, 3, 2001).unsqueeze(1).requires_grad_()
+    noise = (clipped(x) - clipped.eval()(x)).detach()
+    assert noise[x < -0.26].count_nonzero() == noise[x > 2.26].count_nonzero() == 0
+    inside = noise[(x > 0.26) & (x < 1.74)]
+    assert 0.2 < inside.abs().max() <= 0.25
+    assert float(inside.std()) == pytest.approx(0.5 / math.sqrt(12), rel=0.1)
+    clipped(x).sum().backward()
+    assert torch.equal(x.grad, ((x >= 0) & (x <= 2)).float())
+    assert clipped.threshold.grad == pytest.approx(int((x > 2).sum()), abs=1.1)
+    assert torch.equal(ClippedReLU(None, 2.0).train()(x), clipped(x))
 
 
 def with_max_pooling():
