@@ -79,11 +79,11 @@ class NetworkSpec:
             surrogate and a hard reset to 0; or the neuron of a defence of
             :mod:`sj_robust.defences`: ``"tgo"`` (``NoisyLIFNode``), ``"feel"``
             (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
-            ``StochasticGate`` behind it). ``"relu"`` and ``"clipped_relu"``
-            (:class:`sj_robust.defences.ClippedReLU`) build an ordinary network for T = 1 instead, as
-            a baseline without spikes and for :func:`sj_robust.training.convert`. With ``"dlif"``, the IF, LIF and PLIF neurons
-            of your own network or of the model zoo are converted by ``replace_neurons``, which
-            keeps their own tau.
+            ``StochasticGate`` behind it). For T = 1, ``"relu"`` and ``"clipped_relu"``
+            (:class:`sj_robust.defences.ClippedReLU`) build an ordinary network instead, as a
+            baseline without spikes and for :func:`sj_robust.training.convert`. With ``"dlif"``, the
+            IF, LIF and PLIF neurons of your own network or of the model zoo are converted by
+            ``replace_neurons``, which keeps their own tau.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
         T: Number of time steps, or of frames per sample.
