@@ -663,7 +663,7 @@ def attack_in_training(options: Options, bounds: training.CertifiedOptions) -> A
         return event_training_attack(options.mode, threat, steps=options.attack_steps)
     attacks_bounds = options.mode == "certified" and bounds.needs_perturbed
     return training.training_attack(
-        options.mode,
+        options.trained_mode,
         eps=certified_eps(options) if attacks_bounds else options.eps,
         noise_std=options.noise_std,
         project=options.project,
