@@ -7,6 +7,7 @@ Examples:
     torchrun --nproc-per-node 2 recipes/adv_train.py  # or accelerate launch
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -52,7 +53,8 @@ BESIDE_EVENTS = Idle(of_events)
 
 def has_no_leak(options: "Options") -> bool:
     """Whether no network that is trained has a time constant; the reference is one of LIF."""
-    return options.neuron in ("if", "relu") and not options.reference
+    without = options.neuron in ("if", "relu", "clipped_relu") or options.mode == "twin_at"
+    return without and not options.reference
 
 
 def is_augmented(options: "Options") -> bool:
@@ -119,10 +121,13 @@ class Options:
     model_options: YamlDict = field(default_factory=dict)
     """Additional keyword arguments of the network."""
     neuron: Annotated[
-        Literal["dlif", "lif", "plif", "if", "relu", "tgo", "feel", "hosnn", "stog"], Often()
+        Literal[
+            "dlif", "lif", "plif", "if", "relu", "clipped_relu", "tgo", "feel", "hosnn", "stog"
+        ],
+        Often(),
     ] = "dlif"
-    """Spiking neuron of the trained network; relu: no spikes (needs --T 1); tgo, feel, hosnn, stog:
-    neurons of defences."""
+    """Spiking neuron of the trained network; relu, clipped_relu: no spikes (needs --T 1); tgo,
+    feel, hosnn, stog: neurons of defences."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """Learn the input gain of DLIF; False: fix it at 1, as in LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -154,10 +159,14 @@ class Options:
 
     # training attack
     mode: Annotated[
-        Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"], Often()
+        Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified", "twin_at"],
+        Often(),
     ] = "at"
     """Training mode: none, gaussian, at (single step), rat (at with weight retraction), pgd_at,
-    trades, certified."""
+    trades, certified; twin_at: pgd_at of a network of clipped ReLUs, whose weights DLIF neurons
+    then run in T steps."""
+    levels: Annotated[PositiveInt, Idle(lambda options: options.mode != "twin_at")] = 4
+    """For mode twin_at: in training, activations are as uncertain as counts of so many steps."""
     eps: Annotated[Radius, Often(), Idle(is_eps_idle)] = Radius(0.1)
     """Linf radius of the training attack, such as 8/255; in mode gaussian, the standard
     deviation."""
@@ -308,10 +317,16 @@ class Options:
     resume: Annotated[bool, Often(), Decides("nothing")] = False
     """Resume the run in the folder given by --output; without --output, the newest run."""
 
+    @property
+    def trained_mode(self) -> Any:
+        """The mode of the training itself."""
+        return "pgd_at" if self.mode == "twin_at" else self.mode
+
 
 if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from lab.processes import first_process_first, make_accelerator
@@ -344,6 +359,9 @@ from sj_robust.training.validation import (
 
 ValueT = TypeVar("ValueT")
 
+TWIN: Literal["clipped_relu"] = "clipped_relu"
+"""What takes the place of the neurons in a training of mode twin_at."""
+
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
@@ -365,7 +383,9 @@ def main(arguments: list[str]) -> None:
             on_unreadable=options.on_unreadable,
             augment=augment,
         )
-    networks = {f"{options.neuron} {options.mode}": options}
+    with checked():
+        trained = twin_of(options) if options.mode == "twin_at" else options
+    networks = {f"{trained.neuron} {trained.trained_mode}": trained}
     if options.reference:
         networks["lif undefended"] = undefended(options)
     with checked():  # before there is a folder
@@ -374,6 +394,8 @@ def main(arguments: list[str]) -> None:
         code = code_of(network_spec(options, splits))
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
+            if choice is not options and choice.neuron == TWIN:
+                run_by_spikes(objective.classifier, options, splits)
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
             plan.check_select(validation_attacks(choice))
@@ -472,12 +494,18 @@ def train_all(
         classifier, history = train_network(
             name, choice, splits, accelerator, folder, journal, description=descriptions[name]
         )
-        if accelerator.is_main_process:
-            if data is None:
-                data = read_test_images(splits)
+        if not accelerator.is_main_process:
+            continue
+        if data is None:
+            data = read_test_images(splits)
+        judged = {name: classifier}
+        if options.mode == "twin_at" and choice.neuron == TWIN:
+            judged["dlif twin_at"] = run_by_spikes(classifier, options, splits)
+            save_spiking(judged["dlif twin_at"], options, splits, folder, descriptions[name])
+        for judged_name, network in judged.items():
             report = final_report(
-                name,
-                classifier,
+                judged_name,
+                network,
                 history,
                 splits,
                 data,
@@ -625,7 +653,7 @@ def attack_in_training(options: Options, bounds: training.CertifiedOptions) -> A
         return event_training_attack(options.mode, threat, steps=options.attack_steps)
     attacks_bounds = options.mode == "certified" and bounds.needs_perturbed
     return training.training_attack(
-        options.mode,
+        options.trained_mode,
         eps=certified_eps(options) if attacks_bounds else options.eps,
         noise_std=options.noise_std,
         project=options.project,
@@ -653,6 +681,50 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         encoder=options.encoder,
         encoder_options=options.encoder_options,
     )
+
+
+def twin_of(options: Options) -> Options:
+    """The training of the network of clipped ReLUs whose weights are to be run by spikes."""
+    if options.neuron != "dlif":
+        raise ValueError(f"mode twin_at needs neuron dlif, which runs it, got {options.neuron}")
+    if of_events(options) or options.rho:
+        raise ValueError("mode twin_at trains without spikes; omit --rho, --flips and --moves")
+    model_options = options.model_options | {"levels": options.levels}
+    return replace(options, neuron=TWIN, mode="pgd_at", T=1, model_options=model_options)
+
+
+def spiking_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
+    """The network that runs a twin's weights."""
+    model_options = options.model_options | {"v_reset": None}
+    spiking = replace(options, tau=math.inf, learn_gain=False, model_options=model_options)
+    return network_spec(spiking, splits)
+
+
+def run_by_spikes(
+    twin: SpikingClassifier, options: Options, splits: ImageSplits
+) -> SpikingClassifier:
+    """The network of spikes with the weights of a twin."""
+    x = torch.stack([splits.train[index][0] for index in range(min(64, len(splits.train)))])
+    spiking = build_classifier(spiking_spec(options, splits))
+    like = next(twin.parameters())
+    converted = training.convert(twin, x.to(like), T=options.T)
+    spiking.load_state_dict(converted.state_dict())
+    return spiking.to(like.device).eval()
+
+
+def save_spiking(
+    classifier: SpikingClassifier,
+    options: Options,
+    splits: ImageSplits,
+    folder: Path,
+    description: Mapping[str, Any],
+) -> None:
+    """Save it where the networks of a run are; ``description`` is that of the twin's training."""
+    place = folder_of("dlif twin_at", folder)
+    place.mkdir(exist_ok=True)
+    network = asdict(spiking_spec(options, splits))
+    content = {"model": classifier.state_dict(), "description": {**description, "network": network}}
+    training.save_checkpoint(place / "best.pt", content)
 
 
 def augmentation(options: Options) -> Augmentation | bool:
@@ -701,7 +773,7 @@ def undefended(options: Options) -> Options:
 
 def mode_of(options: Options) -> Mode:
     """The mode of a training, with the options' values where they are given."""
-    mode = training.MODES[options.mode]
+    mode = training.MODES[options.trained_mode]
     retraction = given(options.beta, mode.retraction)
     if of_events(options) and mode.select == "pgd":
         mode = replace(mode, select="moves" if options.flips is None else "flips")
@@ -763,7 +835,7 @@ def check_events(options: Options, splits: ImageSplits) -> None:
 
 def is_single_step(options: Options) -> bool:
     """Whether catastrophic overfitting is looked for, which attacks by FGSM and PGD show."""
-    return training.MODES[options.mode].single_step and not of_events(options)
+    return training.MODES[options.trained_mode].single_step and not of_events(options)
 
 
 def evaluation_threat(options: Options) -> ThreatModel:

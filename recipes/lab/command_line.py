@@ -228,14 +228,14 @@ def idle(options: Any) -> frozenset[str]:
     stands for one.
 
     An option ``mode`` is a training mode: :data:`sj_robust.training.MODES` says what it leaves
-    idle.
+    idle (of ``trained_mode`` if the options have that).
     """
     found = {name for name, mark in marked(type(options), Idle).items() if mark.when(options)}
     names = {field.name for field in fields(options)}
     if "mode" in names:
         from sj_robust.training import MODES  # imports torch
 
-        found |= names & set(MODES[options.mode].idle)
+        found |= names & set(MODES[getattr(options, "trained_mode", options.mode)].idle)
     return frozenset(found)
 
 

@@ -9,6 +9,7 @@ from sj_robust.defences.stod import TemporalOrthogonality
 from sj_robust.defences.tgo import ThresholdGuarding
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
+from sj_robust.training.conversion import convert
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
 from sj_robust.training.finetuning import finetune
 from sj_robust.training.journal import Journal
@@ -31,6 +32,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "WeightMagnitude",
+    "convert",
     "event_attacks",
     "finetune",
     "load_checkpoint",

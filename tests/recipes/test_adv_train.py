@@ -19,9 +19,11 @@ from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sj_robust.core.environment import CODE_KEY
+from sj_robust.defences import ClippedReLU
 from sj_robust.evaluation import Report
+from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models.checkpoint import save_checkpoint
-from sj_robust.training import load_checkpoint
+from sj_robust.training import convert, load_checkpoint
 
 OWN = """
 from spikingjelly.activation_based import functional, layer
@@ -243,6 +245,28 @@ def test_a_network_of_ones_own_without_the_neuron_asked_for_is_refused(tmp_path)
     options = (*QUICK, "--model", f"{tmp_path / 'mine.py'}:build", "--neuron", "tgo")
     with pytest.raises(ValueError, match="builds LIFNode, not the neuron 'tgo' that was asked for"):
         in_process(tmp_path, *options, "--no-reference")
+
+
+def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
+    in_process(tmp_path, *QUICK, *split("--mode twin_at --T 6 --levels 3 --no-reference"))
+    folder = tmp_path / "runs" / "digits-dlif-twin_at-1"
+    twin, spiking = (
+        from_checkpoint(folder / name).model for name in ("clipped_relu_pgd_at", "dlif_twin_at")
+    )
+    x = torch.rand(5, 1, 8, 8)
+    assert spiking.T == 6
+    assert {module.levels for module in twin.modules() if isinstance(module, ClippedReLU)} == {3}
+    assert torch.equal(spiking(x), convert(twin, x, T=6)(x))
+    report = Report.load(folder / "report.json")
+    assert report.variants == ("clipped_relu pgd_at", "dlif twin_at")
+
+
+@pytest.mark.parametrize(
+    "options", ["--neuron lif", "--rho 1", "--dataset saccade:digits --flips 2"]
+)
+def test_a_twin_has_no_spikes_in_training(tmp_path, options):
+    with pytest.raises(ValueError, match="twin_at"):
+        in_process(tmp_path, *QUICK, *split(f"--mode twin_at {options}"))
 
 
 @pytest.mark.parametrize(("neuron", "named"), [("if", True), ("lif", False)])
