@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shutil
 import sys
 from functools import cache
@@ -191,11 +190,6 @@ def lines_of_signatures(app: Any, page: str, template: str, context: Any, tree: 
     context["body"] = re.sub(r"<dl>(.*?)</dl>", lines, context.get("body", ""), flags=re.DOTALL)
 
 
-def write_options(app: Any) -> None:
-    """The pages of every option, from the recipes themselves."""
-    runpy.run_path(str(ROOT / "docs" / "options" / "generate.py"))["write"]()
-
-
 def copy_leaderboard(app: Any, error: Exception | None) -> None:
     """The leaderboard that can be sorted, under the address that it has in the repository."""
     if error is None and app.builder.format == "html":
@@ -205,7 +199,6 @@ def copy_leaderboard(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     """What Sphinx calls."""
-    app.connect("builder-inited", write_options)
     app.connect("source-read", include_readme)
     app.connect("autodoc-process-docstring", plain)
     app.connect("env-check-consistency", check_public_names)

@@ -12,10 +12,10 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.environment import device_of
-from sj_robust.core.eps import plain_eps
+from sj_robust.core.eps import eps_text, parse_eps, plain_eps
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
 from sj_robust.evaluation.report.report import Report

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from sj_robust.attacks.threat import eps_text
+from sj_robust.core.eps import eps_text
 from sj_robust.core.preserved import preserved
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request, described

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
 from sj_robust.core.randomness import SampleSeeds, check_seeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.run.loop import Asked, Job, rows_of, run_batch
 from sj_robust.evaluation.run.member import Member

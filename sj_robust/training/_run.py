@@ -135,8 +135,8 @@ class TrainingRun:
             validation = self.validation.accuracy(
                 self.classifier,
                 validation_attacks,
-                self.plan.verified,
-                self.plan.verified_method,
+                verified=self.plan.verified,
+                verified_method=self.plan.verified_method,
             )
         record = EpochRecord(
             epoch=self.epoch + 1,

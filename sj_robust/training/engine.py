@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sj_robust.attacks import Attack, ThreatModel
+from sj_robust.attacks import Attack
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.preserved import preserved
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.data import ImageSplits, ShuffledBatches
-from sj_robust.evaluation.run.proofs import verify_within
 from sj_robust.models.checkpoint import load_run
+from sj_robust.proofs import verify
 from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
 from sj_robust.training.batch_norm import synchronised_batch_norm
@@ -168,8 +169,8 @@ def _check_provable(
     """Refuse a network of which the validation could prove nothing."""
     try:
         with preserved(classifier):
-            # the quickest method; a network with these bounds also has joint ones
-            verify_within(classifier, image, label, threat, method="ibp")
+            # the quickest; a network with these bounds also has joint ones
+            verify(classifier, image, label, threat, method="ibp")
     except (NotImplementedError, UnprovableError) as error:
         raise ValueError(
             f"{error}; for such a network, omit verified and select another accuracy than "

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sj_robust.attacks import ThreatModel
 from sj_robust.core.checks import check_choice, check_size
+from sj_robust.core.threat import ThreatModel
 from sj_robust.proofs.differentiable import TrainedMethod
 
 __all__ = ["SelectName", "TrainingPlan"]
@@ -38,7 +38,7 @@ class TrainingPlan:
         seed: Determines the order of the images and the noise of every step.
         select: Validation accuracy that selects the best epoch.
         verified: Threat of the proofs in validation, which give the figure ``"verified"``; None
-            proves nothing.
+            skips them.
         verified_method: Method of :func:`sj_robust.proofs.verify` for these proofs.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes only one per epoch.
         workers: Processes that load images in the background.
@@ -102,7 +102,7 @@ class TrainingPlan:
         if self.select == "verified" and self.verified is None:
             raise ValueError(
                 "select 'verified' needs verified, the threat of the proofs, such as "
-                'ThreatModel("Linf", 8 / 255)'
+                "ThreatModel('Linf', 8 / 255)"
             )
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         check_size("lr", self.lr, positive=True)

@@ -31,11 +31,12 @@ from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
 from sj_robust.evaluation.run.progress import Position, Watch
-from sj_robust.evaluation.run.proofs import proof_row, verify_within
+from sj_robust.evaluation.run.proofs import proof_row
 from sj_robust.evaluation.run.variant import Variant
 from sj_robust.models.weights import read_weights
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
+from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.gains import perturbation_gains
 from sj_robust.proofs.gains.design import gain_scalars
@@ -93,12 +94,12 @@ class Validation:
         model: nn.Module,
         attacks: Mapping[str, Attack],
         verified: ThreatModel | None = None,
-        method: TrainedMethod = "joint",
+        verified_method: TrainedMethod = "joint",
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
 
-        With ``verified`` also the share of images for which this threat is ``"verified"``.
+        With a threat ``verified`` also the share of images that are ``"verified"`` for it.
         """
         counts = dict.fromkeys(["clean", *attacks], 0)
         for number, (x, y) in zip(self._own_batches, self._batches(), strict=True):
@@ -107,7 +108,7 @@ class Validation:
             for name in counts:
                 counts[name] += right[name]
         if verified is not None:
-            counts["verified"] = self._verified(model, verified, method)
+            counts["verified"] = self._verified(model, verified, verified_method)
         own = torch.tensor(list(counts.values()), device=self._accelerator.device)
         totals = self._accelerator.reduce(own, "sum").tolist()
         return {name: total / self._size for name, total in zip(counts, totals, strict=True)}
@@ -122,7 +123,7 @@ class Validation:
             return 0
         x, y = map(torch.cat, zip(*batches, strict=True))
         with evaluation_mode(model):
-            found = verify_within(model, x, y, threat, method=method, batch_size=_BATCH)
+            found = verify(model, x, y, threat, method=method, batch_size=_BATCH)
         return sum(found.verified)
 
     def scalars(
@@ -407,7 +408,7 @@ def _proofs(
         first = 0
         for x, y in data:
             x, y = x.to(device), y.to(device)
-            found = verify_within(classifier, x, y, threat, method=method)
+            found = verify(classifier, x, y, threat, method=method)
             verified += [first + row for row, good in enumerate(found.verified) if good]
             first += len(y)
             step()

@@ -126,25 +126,20 @@ def test_wrong_use_says_what_to_do():
             sj_robust.evaluate(*arguments, **{"eps": 0.1, "progress": False} | options)
 
 
-def test_a_radius_and_numbers_per_channel_are_checked_once(asked, monkeypatch):
-    calls = []
-
-    def counted(name):
-        check = getattr(own_network, name)
-
-        def call(*arguments, **options):
-            calls.append(name)
-            return check(*arguments, **options)
-
-        monkeypatch.setattr(own_network, name, call)
-
-    counted("parse_radii")
-    counted("check_channels")
-    sj_robust.evaluate(lif("m"), *images(FEW), eps="8/255", T=T, progress=False, **NORMAL)
-    assert sorted(calls) == ["check_channels", "check_channels", "parse_radii"]
+@pytest.mark.parametrize(
+    ("eps", "radii", "threat"),
+    [
+        ("8/255", (), ThreatModel("Linf", 8 / 255)),
+        ([0.2, "0.1", 0.2], (0.1, 0.2), ThreatModel("Linf", 0.2)),
+        ([ThreatModel("L2", 0.5), ThreatModel("L2", 0.2)], (0.2, 0.5), ThreatModel("L2", 0.5)),
+    ],
+)
+def test_what_is_given_reaches_the_request(eps, radii, threat, asked):
+    sj_robust.evaluate(lif("m"), *images(FEW), eps=eps, T=T, progress=False, **NORMAL)
+    request = asked[-1][3]
     given = {"T": T, "mean": (0.3,), "std": (0.5,), "decay": {}, "gain": {}}
-    assert asked[-1][3].configuration == given
-    assert asked[-1][3].radii == ()
+    assert request.configuration == given
+    assert (request.threat, request.radii) == (threat, radii)
 
 
 class Quiet(neuron.LIFNode):
@@ -213,7 +208,7 @@ def test_certify_verify_and_compare_take_the_bare_network():
         sj_robust.verify(net, x, y, "8/255", **options),
         sj_robust.verify(model, x, y, 8 / 255),
     )
-    assert (found.margin, found.eps) == (wanted.margin, 8 / 255)
+    assert found == wanted
     stats = [
         sj_robust.compare_potentials(net, x, moved, **options),
         sj_robust.compare_potentials(model, x, moved),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model, Randomness
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import preserved, sums_of_products
+from sj_robust.core.threat import Threat, ThreatModel, as_threat
 from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
@@ -34,7 +34,7 @@ def program(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: Threat,
     nodes: int = 300,
     generator: Randomness = None,
 ) -> Tensor:
@@ -56,19 +56,20 @@ def program(
         model: Images [N, ...] in [0, 1] to logits.
         x: The images.
         y: Their labels [N] int64.
-        eps: Radius.
+        eps: Linf radius.
         nodes: Nodes of the search tree for every rival class.
         generator: Not used; every attack takes one.
 
     Raises:
         ModuleNotFoundError: If scipy is missing.
     """
+    ball = as_threat(eps, "Linf")
     x_adv = x.detach().clone()
-    if not isinstance(model, SpikingClassifier) or len(x) == 0 or eps == 0:
+    if not isinstance(model, SpikingClassifier) or len(x) == 0 or ball.eps == 0:
         return x_adv
     with sums_of_products(x.device), preserved(model), torch.enable_grad():
         try:
-            asked = _Asked(model, x, eps)
+            asked = _Asked(model, x, ball)
         except _WITHOUT_PROGRAM:
             return x_adv
         for number in range(len(x)):
@@ -84,16 +85,16 @@ def program(
 class _Asked:
     """A small network that the program is asked about."""
 
-    def __init__(self, model: SpikingClassifier, x: Tensor, eps: float) -> None:
+    def __init__(self, model: SpikingClassifier, x: Tensor, ball: ThreatModel) -> None:
         """NotImplementedError if no program is known of it, or it is large."""
         self.model = model
-        self.ball = ThreatModel("Linf", eps)
+        self.ball = ball
         neurons = bounded_neurons(model)
         modules = [neuron.module for neuron in neurons.values()]
         if device_of(model) != x.device or _spikes(model, modules, x[:1]) > _SPIKES:
             raise NotImplementedError
         maps = Maps(partial(bounded_logits, model), neurons, x[0])
-        self.programs = Programs(OverTime(maps, model.T), Points(model, neurons, eps))
+        self.programs = Programs(OverTime(maps, model.T), Points(model, neurons, ball.eps))
 
     def witness(self, image: Tensor, label: Tensor, nodes: int) -> Tensor | None:
         """An image of the ball of one image [1, ...] that the network gets wrong."""

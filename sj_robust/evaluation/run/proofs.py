@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.classifier import check_classifier
+from sj_robust.core.eps import eps_text
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify
 from sj_robust.proofs.soundness import UnprovableError
-from sj_robust.proofs.verification import NormName, Verification
+from sj_robust.proofs.verification import PROVABLE
 
-__all__ = ["Proofs", "has_proofs", "proof_row", "prove", "verify_within"]
+__all__ = ["Proofs", "has_proofs", "proof_row", "prove"]
 
 
 @dataclass(frozen=True)
@@ -56,39 +56,7 @@ def has_proofs(threat: ThreatModel) -> bool:
         >>> has_proofs(ThreatModel("L0", 5)), has_proofs(ThreatModel("L2", 0.5))
         (True, False)
     """
-    return threat.norm in get_args(NormName)
-
-
-def verify_within(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, **options: Any
-) -> Verification:
-    """:func:`sj_robust.proofs.verify` for a threat; other options are those of ``verify``.
-    按威胁模型验证。
-
-    A total shift of S frames allows S moves at most, each by S frames at most, which is what is
-    proved.
-
-    Raises:
-        ValueError: If there are no proofs for the norm.
-    """
-    if threat.norm == "L2":
-        raise ValueError("norm must be 'Linf', 'L0' or 'moves' to prove anything, got 'L2'")
-    eps = threat.eps
-    shift = threat.largest_shift
-    if threat.total_shift is not None:
-        eps = min(eps, threat.total_shift)
-        if threat.total_shift < x.shape[1]:  # else an event may move by any number of frames
-            shift = threat.total_shift if shift is None else min(shift, threat.total_shift)
-    return verify(
-        model,
-        x,
-        y,
-        eps,
-        norm=threat.norm,
-        largest_shift=shift,
-        counts=threat.counts,
-        **options,
-    )
+    return threat.norm in PROVABLE
 
 
 def prove(
@@ -126,7 +94,7 @@ def prove(
     for eps in sorted(radii):  # what is not proved at a radius is not proved at any larger one
         if standing:
             within = replace(ball, eps=eps)
-            result = verify_within(model, x[standing], y[standing], within)
+            result = verify(model, x[standing], y[standing], within)
             proved = zip(standing, result.verified, strict=True)
             standing = [number for number, good in proved if good]
             potential = {f"net.{layer.name}": layer.potential for layer in result.layers}
