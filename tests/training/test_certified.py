@@ -17,7 +17,6 @@ from training import small_run
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.defences import StochasticGate
-from sj_robust.evaluation.run.proofs import verify_within
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
@@ -235,9 +234,9 @@ def test_the_epoch_is_chosen_by_the_method_of_the_plan(method, tmp_path, monkeyp
 
     def noting(*args, **options):
         methods.append(options["method"])
-        return verify_within(*args, **options)
+        return verify(*args, **options)
 
-    monkeypatch.setattr(validation, "verify_within", noting)
+    monkeypatch.setattr(validation, "verify", noting)
     small_run.run(tmp_path, **CERTIFIED, verified_method=method, epochs=2)
     assert methods == [method, method]
 
