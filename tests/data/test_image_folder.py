@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data.checksum import checksums, sizes
+from data.test_images import checksums, sizes
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
