@@ -174,7 +174,7 @@ class Options:
     0 or 1."""
     largest_shift: Annotated[PositiveInt | None, Idle(lambda options: options.moves is None)] = None
     """With --moves: largest number of frames by which an event may move; None: no limit."""
-    certified_flips: float | None = None
+    certified_flips: PositiveInt | None = None
     """For mode certified: changed or moved events per time step in the bounds; None: as --flips or
     --moves."""
     certified_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
@@ -335,7 +335,6 @@ from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.build import NETWORKS, check_has_neuron, code_of, options_for_lif
 from sj_robust.models.checkpoint import check_same_run, load_run
 from sj_robust.proofs.differentiable import TrainedMethod
-from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
 from sj_robust.training.journal import EpochRecord
 from sj_robust.training.modes import Mode, event_attacks, event_training_attack, final_attacks
@@ -577,10 +576,7 @@ def prepared(
         deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
-        verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
-        verified_norm=norm_of_proofs(options),
-        verified_shift=options.largest_shift if options.moves is not None else None,
-        verified_counts=options.counts and of_events(options),
+        verified=evaluation_threat(options) if mode.select == "verified" else None,
         verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
@@ -589,9 +585,6 @@ def prepared(
         ramp=options.ramp,
         box=options.box,
         attacked=options.attacked,
-        norm=norm_of_proofs(options),
-        largest_shift=options.largest_shift if options.moves is not None else None,
-        counts=options.counts and of_events(options),
     )
     attack = None
     if not certified or mode.rho != 0 or bounds.needs_perturbed:
@@ -619,7 +612,7 @@ def prepared(
         loss=mode.loss,
         trades_weight=options.trades_weight,
         penalties=penalties,
-        certified_eps=certified_radius(options) if certified else None,
+        certified_eps=certified_threat(options) if certified else None,
         certified_options=bounds,
         indicator=options.indicator,
     )
@@ -752,11 +745,6 @@ def check_events(options: Options, splits: ImageSplits) -> None:
             "counts needs a number of events that may be changed or moved, got none; give --flips "
             "or --moves"
         )
-    if options.moves is not None and (options.largest_shift or 0) >= options.T:
-        raise ValueError(
-            f"largest_shift must be < T = {options.T}, the frames of a sample, got "
-            f"{options.largest_shift}; omit it for any shift"
-        )
     counted = {"flips": "changed", "moves": "moved"}
     for name, what in counted.items():
         number = getattr(options, name)
@@ -774,13 +762,6 @@ def check_events(options: Options, splits: ImageSplits) -> None:
             f"certified_flips goes with flips or moves, got {options.certified_flips} alone; give "
             "--flips or --moves"
         )
-
-
-def norm_of_proofs(options: Options) -> NormName:
-    """What is proved, in training and afterwards."""
-    if options.flips is not None:
-        return "L0"
-    return "Linf" if options.moves is None else "moves"
 
 
 def is_single_step(options: Options) -> bool:
@@ -811,11 +792,12 @@ def attacks_of_report(options: Options) -> dict[str, Attack]:
     return final_attacks(evaluation_eps(options))
 
 
-def certified_radius(options: Options) -> float:
-    """Radius of the bounds in training, of whichever norm."""
-    if of_events(options):
-        return given(options.certified_flips, evaluation_threat(options).eps)
-    return certified_eps(options)
+def certified_threat(options: Options) -> ThreatModel:
+    """What the bounds in training are about."""
+    if not of_events(options):
+        return ThreatModel("Linf", certified_eps(options))
+    threat = evaluation_threat(options)
+    return replace(threat, eps=given(options.certified_flips, threat.eps))
 
 
 def certified_eps(options: Options) -> Radius:

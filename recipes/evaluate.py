@@ -235,7 +235,7 @@ from sj_robust.evaluation.report.terminal import Display, show_comparison, show_
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
-from sj_robust.evaluation.run.suites import check_rounds, check_suite
+from sj_robust.evaluation.run.suites import check_radius, check_rounds, check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
 
@@ -296,7 +296,7 @@ class Settled:
         complete = replace(options, suite=suite, norm=norm)
         shift = options.largest_shift
         if shift is None and norm == "moves":
-            shift = inherited_shift(subject)
+            shift = subject.options.get("largest_shift")  # that of the training
         counts = counts_of(options, subject, events=events)
         threat = ThreatModel(
             norm,
@@ -305,6 +305,7 @@ class Settled:
             total_shift=options.total_shift,
             counts=counts if norm in ("L0", "moves") else bool(options.counts),
         )
+        check_radius(threat)
         if not is_without_suite(complete):
             check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
@@ -503,13 +504,6 @@ def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
     return options.counts
 
 
-def inherited_shift(subject: Subject) -> int | None:
-    """Largest shift of the training, or None where frames are so few that it allows any shift."""
-    found: int | None = subject.options.get("largest_shift")
-    T = getattr(subject.model, "T", None)
-    return None if found is None or (T is not None and found >= T) else found
-
-
 def radius(options: Options, norm: str, subject: Subject) -> float:
     """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
     if options.smooth is not None:
@@ -535,12 +529,6 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
     if options.eps is None and norm != "Linf":
         raise ValueError(
             f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5"
-        )
-    if parse_eps(eps) <= 0:
-        raise ValueError(f"eps must be > 0 to attack at all, got {eps}")
-    if norm == "Linf" and parse_eps(eps) > 1:
-        raise ValueError(
-            f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8"
         )
     return parse_eps(eps)
 

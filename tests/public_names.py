@@ -49,7 +49,7 @@ PUBLIC = {
     "sj_robust.training": (
         "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
         "Objective Penalty StabilityGain TemporalOrthogonality ThresholdGuarding "
-        "TrainingInterrupted TrainingPlan WeightMagnitude finetune flip_attacks load_checkpoint "
+        "TrainingInterrupted TrainingPlan WeightMagnitude event_attacks finetune load_checkpoint "
         "retract_ save_checkpoint train training_attack validation_attacks"
     ),
 }

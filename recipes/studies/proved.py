@@ -108,8 +108,8 @@ def proved(
     for eps in radii:
         began = time.process_time()
         threat = ThreatModel("Linf", parse_eps(eps))
-        bounds = verify(model, x, y, threat.eps)
-        intervals = torch.tensor(verify(model, x, y, threat.eps, method="ibp").verified)
+        bounds = verify(model, x, y, threat)
+        intervals = torch.tensor(verify(model, x, y, threat, method="ibp").verified)
         right, safe = torch.tensor(bounds.correct), torch.tensor(bounds.verified)
         fallen |= ~right
         standing = (~safe & ~fallen).nonzero().squeeze(1)
@@ -135,7 +135,9 @@ def layers_at(model: nn.Module, x: Tensor, y: Tensor, bounds: Any) -> list[Row]:
     neurons and steps.
     """
     seeds = SampleSeeds(range(len(y)))
-    x_adv = pgd(model, x, y, eps=bounds.eps, step_size=bounds.eps / 8, steps=20, generator=seeds)
+    x_adv = pgd(
+        model, x, y, eps=bounds.threat, step_size=bounds.threat.eps / 8, steps=20, generator=seeds
+    )
     moved = compare_potentials(model, x, x_adv)
     rows = []
     for layer in bounds.layers:

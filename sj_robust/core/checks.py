@@ -31,7 +31,6 @@ __all__ = [
     "check_number_of_channels",
     "check_samples",
     "check_seed",
-    "check_shift",
     "check_size",
     "check_steps",
     "check_surrogate",
@@ -202,31 +201,6 @@ def check_events(x: Tensor, *, counts: bool) -> None:
             f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; "
             "for numbers of events pass counts=True, or take (x > 0).to(x.dtype): the network must "
             "be trained on such frames"
-        )
-
-
-def check_shift(largest_shift: int | None, x: Tensor) -> None:
-    """A largest shift is an integer from 1 to T - 1 for frames [N, T, *]; None is any shift.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is less than 1, or no event can move so far.
-
-    Examples:
-        >>> check_shift(3, torch.zeros(1, 3, 2, 4, 4))
-        Traceback (most recent call last):
-        ...
-        ValueError: largest_shift must be < T = 3, the frames of a sample, got 3; for any shift pass
-        None
-    """
-    if largest_shift is None:
-        return
-    check_count("largest_shift", largest_shift)
-    T = x.shape[1]
-    if largest_shift >= T:
-        raise ValueError(
-            f"largest_shift must be < T = {T}, the frames of a sample, got {largest_shift}; for "
-            "any shift pass None"
         )
 
 

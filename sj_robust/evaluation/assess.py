@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.call import Model
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
 from sj_robust.core.environment import device_of
-from sj_robust.core.eps import plain_eps
+from sj_robust.core.eps import eps_text, parse_eps, plain_eps
 from sj_robust.core.preserved import preserved
 from sj_robust.core.randomness import SampleSeeds, check_seeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
 from sj_robust.evaluation.report.report import Report

@@ -166,11 +166,8 @@ class TrainingRun:
             validation = self.validation.accuracy(
                 self.classifier,
                 validation_attacks,
-                verified_eps=self.plan.verified_eps,
+                verified=self.plan.verified,
                 verified_method=self.plan.verified_method,
-                verified_norm=self.plan.verified_norm,
-                verified_shift=self.plan.verified_shift,
-                verified_counts=self.plan.verified_counts,
             )
         record = EpochRecord(
             epoch=self.epoch + 1,

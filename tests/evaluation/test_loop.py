@@ -7,9 +7,9 @@ import torch
 from evaluation import masked, suite_run
 
 from sj_robust.attacks import fgsm
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.digest import fingerprint
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data

@@ -123,15 +123,28 @@ def test_wrong_use_says_what_to_do():
             sj_robust.evaluate(*arguments, **{"eps": 0.1, "progress": False} | options)
 
 
+@pytest.mark.parametrize(
+    ("eps", "radii", "threat"),
+    [
+        ("8/255", (), ThreatModel("Linf", 8 / 255)),
+        ([0.2, "0.1", 0.2], (0.1, 0.2), ThreatModel("Linf", 0.2)),
+        ([ThreatModel("L2", 0.5), ThreatModel("L2", 0.2)], (0.2, 0.5), ThreatModel("L2", 0.5)),
+    ],
+)
+def test_what_is_given_reaches_the_request(eps, radii, threat, asked):
+    sj_robust.evaluate(lif("m"), *images(FEW), eps=eps, T=T, progress=False, **NORMAL)
+    request = asked[-1][3]
+    given = {"T": T, "mean": (0.3,), "std": (0.5,), "decay": {}, "gain": {}}
+    assert request.configuration == given
+    assert (request.threat, request.radii) == (threat, radii)
+
+
 class Quiet(neuron.LIFNode):
     def neuronal_charge(self, x):
         self.v = 0.9 * self.v + 0.5 * x
 
 
 def test_what_is_said_of_neurons_stands_in_the_report(asked):
-    sj_robust.evaluate(lif("m"), *images(FEW), eps="8/255", T=T, progress=False, **NORMAL)
-    given = {"T": T, "mean": (0.3,), "std": (0.5,), "decay": {}, "gain": {}}
-    assert (asked[-1][3].configuration, asked[-1][3].radii) == (given, ())
     net = nn.Sequential(nn.Flatten(2), Quiet(step_mode="m"))
     given = {"decay": {Quiet: 0.9}, "gain": {Quiet: 0.5}, "T": T, "eps": 0.1, "progress": False}
     sj_robust.evaluate(net, *images(FEW), **given)

@@ -282,7 +282,7 @@ def test_attacks_without_gradient_do_not_stop_at_a_lucky_forward(attack):
             x = (x > 0.5).float()
             x, y = x.reshape(60, 2, 2, 2, 2), net.net(x).argmax(1)
             threat = ThreatModel("L0", 3)
-            own = partial(random_flips, flips=3, tries=60, eot_samples=max(1, 4 * (samples - 1)))
+            own = partial(random_flips, eps=3, tries=60, eot_samples=max(1, 4 * (samples - 1)))
         found = worst_case(
             net, x, y, [Member("own", own, threat=threat)], threat=threat, draws=DRAWS
         )

@@ -147,11 +147,9 @@ class TestMakeUp:
     def test_any_choice_any_number_of_classes_both_norms(self, name, chosen, classes, norm):
         suite = make_suite(name, ThreatModel(norm, 0.1), chosen=chosen, classes=classes)
         attacks = [member.attack for member in suite.members]
-        assert all(attack.keywords["eps"] == 0.1 for attack in attacks)
-        assert all(attack.keywords.get("norm", "Linf") == norm for attack in attacks)
-        assert {member.threat for member in (*suite.members, *suite.control)} == {
-            ThreatModel(norm, 0.1)
-        }
+        threat = ThreatModel(norm, 0.1)
+        assert all(attack.keywords["eps"] == threat for attack in attacks)
+        assert {member.threat for member in (*suite.members, *suite.control)} == {threat}
         assert {member.estimator for member in suite.members} >= {"training", *chosen[:2]}
         losses = {attack.keywords.get("loss") for attack in attacks}
         assert ("dlr" in losses) == (classes > 2)

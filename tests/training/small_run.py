@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import fgsm, pgd, rfgsm
+from sj_robust.attacks import ThreatModel, fgsm, pgd, rfgsm
 from sj_robust.data import ImageSplits
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.training import (
@@ -211,7 +211,7 @@ SCENARIOS = {
             "rho": 0.5,
         },
         "select": "verified",
-        "verified_eps": 0.02,
+        "verified": ThreatModel("Linf", 0.02),
     },
 }
 CUT = SAME | {"checkpoint_steps": 1}

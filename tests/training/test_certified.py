@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import ThreatModel
 from sj_robust.defences import StochasticGate
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
@@ -40,7 +41,7 @@ CERTIFIED = {
         "rho": 0.0,
     },
     "select": "verified",
-    "verified_eps": EPS,
+    "verified": ThreatModel("Linf", EPS),
     "perturb": None,
 }
 
@@ -129,7 +130,7 @@ def plain(net):
     return Objective(SpikingClassifier(net, T=3))
 
 
-PROVED = {"select": "verified", "verified_eps": EPS}
+PROVED = {"select": "verified", "verified": ThreatModel("Linf", EPS)}
 HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
 
 
@@ -137,8 +138,8 @@ HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
     ("objective", "options", "named"),
     [
         (lambda: certified(unbounded()), PROVED, "sin in or behind 2.1"),
-        (lambda: plain(unbounded()), PROVED, "verified_eps"),
-        (lambda: plain(drawing()), PROVED, "verified_eps"),
+        (lambda: plain(unbounded()), PROVED, "verified"),
+        (lambda: plain(drawing()), PROVED, "verified"),
         (lambda: certified(drawing()), {}, "random"),
         (certified, {"compile": True}, "compile"),
         (certified, {"accelerator": HALF}, "mixed_precision"),

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import verify
 from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.differentiable import DifferentiableBounds
-from sj_robust.training import CertifiedOptions, flip_attacks
+from sj_robust.training import event_attacks
 from sj_robust.training.certified import CertifiedLoss
-
-L0 = CertifiedOptions(norm="L0")
 
 
 def network():
@@ -30,7 +29,7 @@ def samples(count=8):
 
 def test_the_radius_rises_in_parts_of_an_event():
     x, y = samples()
-    loss = CertifiedLoss(network().eval(), 2, L0)
+    loss = CertifiedLoss(network().eval(), ThreatModel("L0", 2))
     values = []
     for progress in (0.0, 0.2, 0.3, 0.5, 1.0):
         loss.progress = progress
@@ -39,24 +38,22 @@ def test_the_radius_rises_in_parts_of_an_event():
     assert len(set(values)) == len(values)
 
 
-@pytest.mark.parametrize(
-    ("eps", "threat"), [(1, {"norm": "L0"}), (2, {"norm": "moves", "largest_shift": 1})]
-)
-def test_training_proves_more(eps, threat):
+@pytest.mark.parametrize("threat", [ThreatModel("L0", 1), ThreatModel("moves", 2, largest_shift=1)])
+def test_training_proves_more(threat):
     x, y = samples()
     y = y % 2
     x[y == 1, :, :, :, 5:] = 0  # events on one side, and on both
     model = network()
     model.net.first.weight.data *= 2  # so that it fires
-    loss = CertifiedLoss(model.eval(), eps, CertifiedOptions(**threat))
+    loss = CertifiedLoss(model.eval(), threat)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    before = verify(model, x, y, eps, **threat).accuracy
+    before = verify(model, x, y, threat).accuracy
     for step in range(15):
         loss.progress = step / 15
         optimizer.zero_grad()
         loss.value(x, y)[0].backward()
         optimizer.step()
-    assert verify(model, x, y, eps, **threat).accuracy > before + 0.4
+    assert verify(model, x, y, threat).accuracy > before + 0.4
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.0, 2.5])
@@ -89,13 +86,13 @@ def test_attacks_of_validation_and_of_the_end_keep_the_number_of_changes():
     model = network().eval()
     x, y = samples(4)
     for final in (False, True):
-        for name, attack in flip_attacks(3, final=final).items():
+        for name, attack in event_attacks(3, final=final).items():
             x_adv = attack(model, x, y, generator=torch.Generator().manual_seed(0))
             assert int((x_adv != x).flatten(1).sum(1).max()) <= 3, name
 
 
 def test_frames_of_counts_need_to_be_said():
-    loss = CertifiedLoss(network().eval(), 2, L0)
+    loss = CertifiedLoss(network().eval(), ThreatModel("L0", 2))
     x, y = samples()
     with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
         loss.value(3 * x, y)

@@ -23,7 +23,7 @@ from training import small_run
 from training.small_run import At, PowerCutError, nan_images, power_cut
 
 from sj_robust import DLIFNode
-from sj_robust.attacks import pgd
+from sj_robust.attacks import ThreatModel, pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, NoisyLIFNode, StochasticGate
@@ -57,7 +57,11 @@ CERTIFIED = {"loss": "certified", "certified_eps": 0.05, "kappa": 0.2}
 WITH_GATES = of_nodes(partial(DLIFNode, T=3, tau=4.0), StochasticGate)
 RUNS = {
     "dropout": {"dropout": 0.3},
-    "certified": {"objective": CERTIFIED, "select": "verified", "verified_eps": 0.05},
+    "certified": {
+        "objective": CERTIFIED,
+        "select": "verified",
+        "verified": ThreatModel("Linf", 0.05),
+    },
     "milestones": {"milestones": (0.4, 0.7)},
     "noise": of_nodes(partial(NoisyLIFNode, 4.0)),
     "leak": of_nodes(partial(EvolvingLeakNode, 3)),

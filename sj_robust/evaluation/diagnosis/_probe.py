@@ -5,7 +5,7 @@ beside finite differences, attacks and their success.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,12 +16,11 @@ from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.logits import differing, margin
-from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_logits, logits_of, taken_for_checked
 from sj_robust.core.host import is_neuron, step_mode
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel, l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.estimators import estimator
 from sj_robust.evaluation.run.draws import changed_by_others
 
@@ -234,8 +233,7 @@ class Probe:
                 crafting,
                 self.x,
                 self.y,
-                eps=self.threat.eps,
-                norm=self.threat.ball,
+                eps=self.threat,
                 steps=2 * self.steps,
                 eot_samples=self.eot_samples,
                 generator=self._generator(),
@@ -305,10 +303,9 @@ class Probe:
                 model,
                 self.x,
                 self.y,
-                eps=min(eps, self.diameter),
+                eps=replace(self.threat, eps=min(eps, self.diameter)),
                 step_size=step_size,
                 steps=steps,
-                norm=self.threat.ball,
                 random_start=False,
                 eot_samples=self.eot_samples,
                 keep_best=own,

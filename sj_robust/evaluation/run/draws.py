@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.logits import differ, differing
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.broadcast import along, beside
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import draws_numbers, preserved, seeded_network
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.member import scored
 from sj_robust.evaluation.run.plain import Plain

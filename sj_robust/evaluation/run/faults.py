@@ -19,6 +19,7 @@ from sj_robust.core.checks import check_choice
 from sj_robust.core.host import base, check_hooks_run, first_argument, is_neuron, quantize
 from sj_robust.core.preserved import preserved
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.core.weights import LAYERS
 from sj_robust.defences.node import PerNeuron
 from sj_robust.models.time_steps import keep_time_steps
@@ -328,9 +329,7 @@ def _jittered(level: float, counts: bool, module: nn.Module, inputs: tuple[Tenso
         moved = random_moves(
             None,
             x.detach(),
-            moves=events,
-            largest_shift=shift,
-            counts=counts,
+            eps=ThreatModel("moves", events, largest_shift=shift, counts=counts),
             generator=generator,
         )
     else:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model, crafting
-from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import (
     check_count,
     check_labels,
@@ -23,6 +21,7 @@ from sj_robust.core.checks import (
 )
 from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.randomness import SampleSeeds, check_seeds
+from sj_robust.core.threat import ThreatModel, per_sample
 
 __all__ = [
     "Crafted",
