@@ -63,8 +63,6 @@ nitpick_ignore = [
     ("py:class", f"sj_robust.{name}")  # of annotations
     for name in (
         "data.stored.FileImages",
-        "data.stored.StoredCounts",
-        "data.stored.StoredFrames",
         "data.stored.StoredImages",
         "estimators.naming.EstimatorName",
         "evaluation.run.plain.Plain",

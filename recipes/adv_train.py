@@ -15,16 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from lab.command_line import (
-    check_options,
-    checked,
-    deciding,
-    describe_folder,
-    parse_options,
-    plain,
-    run_recipe,
-    unused,
-)
-from lab.command_line.declared import (
     DatasetName,
     Decides,
     Idle,
@@ -37,6 +27,14 @@ from lab.command_line.declared import (
     PositiveInt,
     Radius,
     YamlDict,
+    check_options,
+    checked,
+    deciding,
+    describe_folder,
+    parse_options,
+    plain,
+    run_recipe,
+    unused,
 )
 
 from sj_robust.core.datasets import AUGMENTED
@@ -85,7 +83,7 @@ def is_eps_idle(options: "Options") -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of adv_train; the marks are explained in :mod:`lab.command_line.declared`."""
+    """Options of adv_train; the marks are explained in :mod:`lab.command_line`."""
 
     # data
     dataset: Annotated[DatasetName, Often()] = "digits"
@@ -286,8 +284,7 @@ class Options:
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
-    """Use the channels-last format; None: always on a GPU; on a CPU in half precision, if it is
-    faster."""
+    """Use the channels-last format; None: on a GPU alone."""
     sync_batch_norm: bool = False
     """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0

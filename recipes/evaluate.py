@@ -20,17 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lab.command_line import (
-    WrongUse,
-    changed,
-    check_options,
-    checked,
-    describe_folder,
-    parse_options,
-    plain,
-    run_recipe,
-    unused,
-)
-from lab.command_line.declared import (
     DatasetName,
     Decides,
     Idle,
@@ -42,6 +31,15 @@ from lab.command_line.declared import (
     OutputFolder,
     PositiveInt,
     Radius,
+    WrongUse,
+    changed,
+    check_options,
+    checked,
+    describe_folder,
+    parse_options,
+    plain,
+    run_recipe,
+    unused,
 )
 from tyro.conf import Positional
 

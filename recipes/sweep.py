@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lab.command_line import (
+    NamesCode,
+    OutputFolder,
+    PositiveInt,
+    Yaml,
+    YamlDict,
     check_code,
     check_options,
     checked,
@@ -30,7 +35,6 @@ from lab.command_line import (
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import NamesCode, OutputFolder, PositiveInt, Yaml, YamlDict
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"

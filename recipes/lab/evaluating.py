@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lab.command_line.read import WrongUse
+from lab.command_line import WrongUse
 from sj_robust.data import image_loader
 from sj_robust.evaluation import Report, smoothed_bracket
 from sj_robust.evaluation.run.data import Batches, Data

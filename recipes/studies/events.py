@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import tyro
-from tables import RESULTS, Row, first_images, read_table, write_table
+from tables import RESULTS, Row, first_images, replace_rows
 from torch import Tensor, nn
 
 from sj_robust.attacks import (
@@ -68,16 +68,16 @@ def main(options: Options) -> None:
         counts=counts,
     )
     path = options.output / "events" / "attacks.csv"
-    rows: list[Row] = [row for row in read_table(path) if row["name"] != options.name]
+    rows: list[Row] = []
     for budget, number in samples.items():
         if not number:
             continue
         found = left_of(subject.model.eval(), x[:number], y[:number], budget, counts, options)
         for what, left in found:
-            row = {"name": options.name, "budget": budget, "what": what}
-            rows.append(row | {"samples": str(number), "left": str(int(left.sum()))})
+            row = {"budget": budget, "what": what, "samples": str(number)}
+            rows.append(row | {"left": str(int(left.sum()))})
             print(", ".join(rows[-1].values()), flush=True)
-    write_table(rows, path)
+    replace_rows(path, {"name": options.name}, rows)
 
 
 def attacks_of(threat: ThreatModel, options: Options) -> dict[str, Attack]:

@@ -12,11 +12,16 @@ from torch import Tensor, fx, nn
 
 from sj_robust import ops
 from sj_robust.core.checks import check_surrogate, of_other_steps
-from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
-from sj_robust.core.preserved import within_backward
+from sj_robust.core.host import (
+    cuda_threads,
+    is_counted,
+    lif_multi_step,
+    neuron,
+    surrogate,
+    within_backward,
+)
 from sj_robust.ops.dlif import operator as dlif
-from sj_robust.ops.dlif.config import Outputs, state_dtype
-from sj_robust.ops.surrogate import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES, Outputs, state_dtype
 
 __all__ = ["DLIFNode", "Gradient", "Spiking", "describe_surrogate"]
 

@@ -101,9 +101,7 @@ def train(
             plan=plan,
             accelerator=accelerator,
             folder=folder,
-            journal=journal,
             description=dict(description),
-            channels_last=None if content is None else content.get("channels_last"),
         )
         if content is not None:
             run.load(content, journal)

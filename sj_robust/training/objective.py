@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.host import from_reset
-from sj_robust.core.preserved import RandomNumbers, seeded_network
+from sj_robust.core.preserved import RandomNumbers, from_reset, seeded_network
 from sj_robust.core.threat import Threat
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor

@@ -47,7 +47,7 @@ class TrainingPlan:
         compile: Whether the network is compiled with ``torch.compile``; the reset before every pass
             is not compiled.
         channels_last: Whether images and convolutions use the channels-last format; None uses it on
-            CUDA, and on a CPU in half precision if it is measured to be faster.
+            CUDA alone.
         sync_batch_norm: Whether batch norm uses the statistics of the images of all processes.
         precise_statistics: Number of training batches over which batch norm's statistics are
             recomputed before every validation; 0 keeps their moving average.

@@ -121,8 +121,7 @@ class Validation:
         batches = list(self._batches())
         if not batches:
             return 0
-        x = torch.cat([images for images, _ in batches])
-        y = torch.cat([labels for _, labels in batches])
+        x, y = map(torch.cat, zip(*batches, strict=True))
         with evaluation_mode(model):
             found = verify(model, x, y, threat, method=method, batch_size=_BATCH)
         return sum(found.verified)

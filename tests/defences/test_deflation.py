@@ -28,9 +28,6 @@ def test_what_is_left_is_the_gradient_without_its_largest_component(shape):
     deflate_([weight])
     taken = largest_by_power_iteration(before.flatten(1)).view(shape)
     assert_close(weight.grad, before - taken, atol=1e-9, rtol=0)
-    assert abs(float((weight.grad * taken).sum())) < 1e-8
-    values = torch.linalg.svdvals(before.flatten(1))
-    assert_close((before * weight.grad).sum(), values[1:].square().sum())
 
 
 def test_vectors_and_gradients_that_are_not_there_or_not_finite_stay_as_they_are():

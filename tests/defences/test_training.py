@@ -1,9 +1,9 @@
 """Trainings of networks with defences: stopped and resumed, and with a weight that rises."""
 
+from functools import partial
+
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer
-from torch import nn
 from training import small_run
 
 from sj_robust import DLIFNode
@@ -16,30 +16,13 @@ from sj_robust.defences import (
 from sj_robust.defences.stog import GateRates
 from sj_robust.training import ThresholdGuarding
 
-NODES = {
-    "leak": lambda: [EvolvingLeakNode(3)],
-    "homeostasis": lambda: [HomeostaticNode(3, 4.0)],
-    "gates": lambda: [DLIFNode(T=3, tau=4.0), StochasticGate()],
-}
-
-
-def build(kind):
-    first = layer.Linear(16, 24)
-    last = layer.Linear(24, 3)
-    net = nn.Sequential(layer.Flatten(), first, *NODES[kind](), last)
-    functional.set_step_mode(net, "m")
-    net[1].weight.data.mul_(3)
-    return net
-
-
-def options_of(kind):
-    penalties = [GateRates(1e-3)] if kind == "gates" else []
-    return {"build": lambda: build(kind), "objective": {"rho": 0.0, "penalties": penalties}}
+HOMEOSTASIS = partial(HomeostaticNode, 3, 4.0)
 
 
 def test_gates_stay_where_they_can_learn(tmp_path):
     """In this step, momentum carries rates out of their range."""
-    options = options_of("gates") | {"lr": 5.0, "epochs": 2}
+    nodes = (partial(DLIFNode, T=3, tau=4.0), StochasticGate)
+    options = small_run.of_nodes(*nodes, penalties=[GateRates(1e-3)]) | {"lr": 5.0, "epochs": 2}
     _, classifier = small_run.run(tmp_path, **options)
     rate = classifier.net[3].rate.detach()
     most = torch.tensor(0.999)
@@ -56,7 +39,7 @@ def test_gates_stay_where_they_can_learn(tmp_path):
 
 
 def test_measured_statistics_leave_homeostasis_alone(tmp_path):
-    options = options_of("homeostasis") | {"epochs": 1}
+    options = small_run.of_nodes(HOMEOSTASIS) | {"epochs": 1}
     _, plain = small_run.run(tmp_path / "plain", **options)
     _, measured = small_run.run(tmp_path / "measured", **options, precise_statistics=2)
     for name, value in plain.state_dict().items():
@@ -64,10 +47,10 @@ def test_measured_statistics_leave_homeostasis_alone(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:MPPDMonitor does not follow")
-@pytest.mark.parametrize("kind", ["homeostasis", "leak"])
+@pytest.mark.parametrize("kind", [HOMEOSTASIS, partial(EvolvingLeakNode, 3)])
 def test_a_loss_that_does_not_fit_the_network_is_refused_before_anything_is_written(tmp_path, kind):
     with pytest.raises(ValueError, match="rho"):
-        small_run.run(tmp_path, build=lambda: build(kind), objective={"rho": 1.0})
+        small_run.run(tmp_path, **small_run.of_nodes(kind, rho=1.0))
     assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,6 @@ import math
 import re
 import signal
 from dataclasses import replace
-from pathlib import Path
 from shlex import split
 
 import adv_train
@@ -15,7 +14,7 @@ from data.test_image_folder import picture
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
 from filelock import FileLock
-from lab.command_line.declared import idle
+from lab.command_line import idle
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -269,24 +268,6 @@ def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
         )
         assert bound > 0
         assert bound != gain
-
-
-def test_print_config_and_config(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def printed(*options):
-        with pytest.raises(SystemExit) as stop:
-            adv_train.main([*options, "--print-config"])
-        assert stop.value.code == 0
-        return capsys.readouterr().out
-
-    text = printed(*split("--data-root x --tau 5"))
-    Path("mine.yaml").write_text(text)
-    assert "data_root: x" in text
-    assert "mode: at" in text
-    assert printed(*split("--config mine.yaml --eps 0.25")) == text.replace(
-        "eps: 0.1\n", "eps: 0.25\n", 1
-    )
 
 
 CONFIGS = ROOT / "recipes" / "configs"

@@ -66,14 +66,6 @@ def test_a_command_is_its_recipe_and_a_preset_is_found_by_name(said, words, code
     assert re.search(told, unboxed(out + err))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "sweep", "figures", "benchmark"])
-def test_the_help_shows_the_command_and_no_script(said, name):
-    _, out, _ = said(name, "--help")
-    assert f"usage: sj-robust {name}" in out
-    assert "recipes/" not in out
-    assert "python " not in out
-
-
 def test_folders_errors_and_launchers_name_the_command(said, tmp_path):
     said("train", "--print-config")
     assert commands._VARIABLE in os.environ  # as the processes that it starts find it

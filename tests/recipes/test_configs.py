@@ -296,21 +296,6 @@ def test_the_augmentation_reaches_the_training_images(monkeypatch, given, expect
         adv_train.main(words)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"cutout": 0}, "augment_options must not contain cutout; use --cutout"),
-        ({"rotate": 10}, r"must be one of padding, flip, rotation, scale, .* mean 'rotation'"),
-        ({1: 2}, "augment_options must be one of padding, flip, rotation, scale, got 1"),
-        ({"rotation": 400}, "wrong augmentation of training images: rotation must be at most 180"),
-        ({"flip": "maybe"}, "wrong augmentation of training images: flip must be"),
-    ],
-)
-def test_a_wrong_augmentation_is_named(given, message):
-    with pytest.raises(ValueError, match=message):
-        adv_train.augmentation(adv_train.Options(augment_options=given))
-
-
 @pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize("mode", ["at", "certified"])
 def test_what_frames_hold_reaches_attacks_bounds_and_validation(mode, counts):

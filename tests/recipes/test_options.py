@@ -11,8 +11,7 @@ import adv_train
 import evaluate
 import pytest
 from covering import each_in_turn
-from lab.command_line import idle, unused
-from lab.command_line.declared import Idle, marked, texts_of
+from lab.command_line import Idle, idle, marked, texts_of, unused
 from launch import RECIPES, ROOT, unboxed
 
 from sj_robust.training import MODES

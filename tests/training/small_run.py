@@ -103,6 +103,19 @@ def batch_norm_net(channels=1):
     return net
 
 
+def of_nodes(*kinds, **objective):
+    """Options of a run whose network has neurons that are built anew."""
+
+    def build():
+        nodes = [kind() for kind in kinds]
+        net = nn.Sequential(layer.Flatten(), layer.Linear(16, 24), *nodes, layer.Linear(24, 3))
+        functional.set_step_mode(net, "m")
+        net[1].weight.data.mul_(3)
+        return net
+
+    return {"build": build, "objective": {"rho": 0.0} | objective}
+
+
 def run(
     folder,
     *,
@@ -142,7 +155,7 @@ def run(
         accelerator=accelerator,
         folder=folder,
         journal=journal or Journal(None),
-        description={"plan": plan},
+        description={"plan": {name: str(value) for name, value in plan.items()}},
         resume=resume,
     )
     return history, classifier

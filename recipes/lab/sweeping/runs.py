@@ -12,8 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lab.command_line import from_values, idle, plain, read_file
-from lab.command_line.declared import Decides, Radius, marked
+from lab.command_line import Decides, Radius, from_values, idle, marked, plain, read_file
 from lab.sweeping.grid import NamedCell, expand, mapping, value_text
 from sj_robust.core.eps import plain_eps
 from sj_robust.core.folders import check_names

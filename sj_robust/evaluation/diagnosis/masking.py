@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model
 from sj_robust.core.checks import check_count, check_images, check_labels, check_model
-from sj_robust.core.host import from_reset
+from sj_robust.core.preserved import from_reset
 from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.diagnosis._probe import Probe
 from sj_robust.evaluation.diagnosis.activity import LayerActivity, firing
