@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +129,19 @@ def evaluate(
     """
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
-    given = _given(model, T=T, mean=mean, std=std)
-    settings = _settings(
-        draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
+    given = _Given(
+        model,
+        T=check_steps(T),
+        mean=check_channels("mean", mean),
+        std=check_channels("std", std, positive=True),
+        name=name,
+        progress=progress,
+        decay=decay,
+        gain=gain,
     )
+    check_text("dataset", dataset)
+    if draws is not None:
+        draws = check_count("draws", draws)
     data = given_data(x, y, check_count("batch_size", batch_size))
     threats = _threats(eps, data)
     threat = threats[-1]
@@ -142,10 +151,18 @@ def evaluate(
     check_suite(chosen, threat)
     check_rounds(chosen, rounds)
     check_shape(chosen, data[0][0], draws=draws or 1)
-    with _prepared(given, data, settings, decay=decay, gain=gain) as prepared:
-        radii = tuple(one.eps for one in threats) if len(threats) > 1 else ()
-        asked = replace(prepared.request(chosen, threat), rounds=rounds, radii=radii)
-        return assess(prepared.subject, data, asked)
+    request = Request(
+        chosen,
+        threat,
+        dataset,
+        seed=check_seed("seed", seed),
+        draws=draws,
+        radii=tuple(one.eps for one in threats) if len(threats) > 1 else (),
+        rounds=rounds,
+        folder=check_folder("folder", folder),
+    )
+    with given.ready(data, request) as (subject, asked):
+        return assess(subject, data, asked)
 
 
 def stress(
@@ -211,20 +228,33 @@ def stress(
     check_choice("suite", suite, get_args(StressName))
     if faults is not None:
         faults = _checked_faults(faults, suite)
-    steps = check_count("steps", steps)
-    given = _given(model, T=T, mean=mean, std=std)
-    settings = _settings(
-        draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
+    given = _Given(
+        model,
+        T=check_steps(T),
+        mean=check_channels("mean", mean),
+        std=check_channels("std", std, positive=True),
+        name=name,
+        progress=progress,
     )
+    check_text("dataset", dataset)
     data = given_data(x, y, check_count("batch_size", batch_size))
     threat = as_threat(eps, *_norms(data))
     check_radius(threat)
     _check_fits(data, threat, given)
     if suite == "corruptions":
         check_images_to_corrupt(data[0][0])
-    with _prepared(given, data, settings) as prepared:
-        asked = replace(prepared.request(suite, threat), faults=faults, steps=steps)
-        return stress_network(prepared.subject, data, asked)
+    request = Request(
+        suite,
+        threat,
+        dataset,
+        seed=check_seed("seed", seed),
+        draws=check_count("draws", draws),
+        faults=faults,
+        steps=check_count("steps", steps),
+        folder=check_folder("folder", folder),
+    )
+    with given.ready(data, request) as (subject, asked):
+        return stress_network(subject, data, asked)
 
 
 def _norms(data: Data) -> tuple[NormName, ...]:
@@ -246,57 +276,62 @@ def _threats(eps: Threat | Iterable[Threat], data: Data) -> list[ThreatModel]:
 
 @dataclass(frozen=True)
 class _Given:
-    """A network as it was given, with what a bare one needs beside it."""
+    """A network as it was given, with what a bare one needs beside it, and what shows it."""
 
     model: nn.Module
     T: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-
-
-def _given(model: nn.Module, *, T: int | None, mean: Channels, std: Channels) -> _Given:
-    check_network(model, "model")
-    return _Given(
-        model=model,
-        T=check_steps(T),
-        mean=check_channels("mean", mean),
-        std=check_channels("std", std, positive=True),
-    )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How a network is measured, and what the report calls it."""
-
-    draws: int | None
-    seed: int
-    folder: Path | None
     name: str | None
-    dataset: str
     progress: bool
+    decay: Mapping[NeuronKey, float] | None = None
+    gain: Mapping[NeuronKey, float] | None = None
 
+    def __post_init__(self) -> None:
+        check_network(self.model, "model")
+        if self.name is not None:
+            check_text("name", self.name)
+        check_switch("progress", self.progress)
 
-def _settings(
-    *,
-    draws: int | None,
-    seed: int,
-    folder: str | Path | None,
-    name: str | None,
-    dataset: str,
-    progress: bool,
-) -> _Settings:
-    if name is not None:
-        check_text("name", name)
-    check_text("dataset", dataset)
-    check_switch("progress", progress)
-    return _Settings(
-        draws=None if draws is None else check_count("draws", draws),
-        seed=check_seed("seed", seed),
-        folder=check_folder("folder", folder),
-        name=name,
-        dataset=dataset,
-        progress=progress,
-    )
+    @contextmanager
+    def ready(self, data: Data, request: Request) -> Iterator[tuple[Subject, Request]]:
+        """The network as a classifier that has taken an image, in evaluation mode and full
+        precision, and the request with what is known of it then.
+        """
+        first = data[0][0]
+        classifier = as_classifier(self.model, self.T, mean=self.mean, std=self.std, images=first)
+        network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
+        kind = type(network).__name__
+        subject = Subject(self.name or kind, classifier, kind)
+        device = device_of(classifier)
+        with (
+            stated(network, self.decay, self.gain),
+            evaluation_mode(classifier),
+            full_precision(device),
+            _shown(self.progress) as watch,
+        ):
+            classes = check_fits(subject, first[:1].to(device), None, request.dataset)
+            check_classes(torch.tensor(data.labels), classes)
+            configuration = {
+                "T": self.T,
+                "mean": self.mean,
+                "std": self.std,
+                "decay": _by_name(self.decay),
+                "gain": _by_name(self.gain),
+            }
+            if isinstance(classifier, SpikingClassifier):
+                watch.say(f"{subject.name} {classifier.convention}")
+            try:
+                yield (
+                    subject,
+                    replace(request, classes=classes, configuration=configuration, watch=watch),
+                )
+            except KeyboardInterrupt as stopped:
+                remedy = "with folder=..., the evaluation could be resumed"
+                if request.folder is not None:
+                    remedy = f"the same call resumes from {request.folder}"
+                stopped.add_note(f"the network is unchanged; {remedy}")
+                raise
 
 
 def _check_fits(data: Data, threat: ThreatModel, given: _Given) -> None:
@@ -333,81 +368,6 @@ def _checked_faults(
                 f"{wanted.__name__}(kind, level){fits}"
             )
     return faults
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """The network in evaluation mode, number of its classes, and the display."""
-
-    subject: Subject
-    classes: int
-    settings: _Settings
-    configuration: dict[str, Any]
-    watch: Watch
-
-    def request(self, suite: str, threat: ThreatModel) -> Request:
-        """What is asked about it."""
-        return Request(
-            suite=suite,
-            threat=threat,
-            dataset=self.settings.dataset,
-            classes=self.classes,
-            seed=self.settings.seed,
-            draws=self.settings.draws,
-            folder=self.settings.folder,
-            configuration=self.configuration,
-            watch=self.watch,
-        )
-
-
-@contextmanager
-def _prepared(
-    given: _Given,
-    data: Data,
-    settings: _Settings,
-    *,
-    decay: Mapping[NeuronKey, float] | None = None,
-    gain: Mapping[NeuronKey, float] | None = None,
-) -> Iterator[_Prepared]:
-    """The network as a classifier that has taken an image; evaluation mode, full precision."""
-    first = data[0][0]
-    classifier = as_classifier(given.model, given.T, mean=given.mean, std=given.std, images=first)
-    network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
-    kind = type(network).__name__
-    subject = Subject(settings.name or kind, classifier, kind)
-    device = device_of(classifier)
-    with (
-        stated(network, decay, gain),
-        evaluation_mode(classifier),
-        full_precision(device),
-        _shown(settings.progress) as watch,
-    ):
-        classes = check_fits(subject, first[:1].to(device), None, settings.dataset)
-        check_classes(torch.tensor(data.labels), classes)
-        configuration = {
-            "T": given.T,
-            "mean": given.mean,
-            "std": given.std,
-            "decay": _by_name(decay),
-            "gain": _by_name(gain),
-        }
-        if isinstance(classifier, SpikingClassifier):
-            watch.say(f"{subject.name} {classifier.convention}")
-        try:
-            yield _Prepared(
-                subject=subject,
-                classes=classes,
-                settings=settings,
-                configuration=configuration,
-                watch=watch,
-            )
-        except KeyboardInterrupt as stopped:
-            if settings.folder is None:
-                remedy = "with folder=..., the evaluation could be resumed"
-            else:
-                remedy = f"the same call resumes from {settings.folder}"
-            stopped.add_note(f"the network is unchanged; {remedy}")
-            raise
 
 
 def _by_name(values: Mapping[NeuronKey, float] | None) -> dict[str, float]:

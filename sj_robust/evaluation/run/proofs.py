@@ -26,13 +26,7 @@ from sj_robust.proofs.points import Points
 from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.proofs.verification import PROVABLE
 
-__all__ = [
-    "Proofs",
-    "has_proofs",
-    "program",
-    "proof_row",
-    "prove",
-]
+__all__ = ["Proofs", "has_proofs", "program", "proof_row", "prove"]
 
 
 @dataclass(frozen=True)
