@@ -24,7 +24,7 @@ from lab.command_line.declared import (
     plain,
     texts_of,
 )
-from sj_robust.core.commands import CONFIGS, as_called
+from sj_robust.__main__ import CONFIGS, as_called
 from sj_robust.core.folders import read_text
 
 OptionsT = TypeVar("OptionsT")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lab.command_line.read import WrongUse, read_options
-from sj_robust.core.commands import as_called
+from sj_robust.__main__ import as_called
 
 _TEMPLATES = Path(__file__).with_name("readmes")
 _BROKEN_PIPE = 141
