@@ -458,7 +458,6 @@ MISUSE = [
     *rows(
         dlif,
         {"T": 0},
-        {"T": 2.0},
         {"tau": 0.99},
         {"tau": 1.0},
         {"tau": NAN},
@@ -470,6 +469,7 @@ MISUSE = [
     ),
     *rows(
         dlif,
+        {"T": 2.0},
         {"tau": [2.0]},
         {"tau": True},
         {"v_threshold": "1"},
@@ -525,7 +525,8 @@ MISUSE = [
             (X[None], "s", "frame"),
         )
     ),
-    *rows(partial(set_time_steps, linear()), {"T": 0}, {"T": 2.0}, {"T": True}),
+    *rows(partial(set_time_steps, linear()), {"T": 0}),
+    *rows(partial(set_time_steps, linear()), {"T": 2.0}, {"T": True}, error=TypeError),
     *rows(connected, {"widths": ()}, {"widths": (4, 0)}),
     Misuse(chain, {"features": ["A", 4]}, name="begin"),
     Misuse(chain, {"features": [4, "S"]}, name="stride"),

@@ -38,7 +38,7 @@ from tyro.constructors import (
     StructFieldSpec,
 )
 
-from sj_robust.core.commands import CONFIGS, as_called
+from sj_robust.__main__ import CONFIGS, as_called
 from sj_robust.core.datasets import check_dataset
 from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.folders import check_folder, read_text

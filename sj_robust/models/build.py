@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
-from sj_robust.core.checks import check_choice
+from sj_robust.core.checks import check_choice, check_tau
 from sj_robust.core.convention import Takes
 from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import CODE_KEY, machine
@@ -335,8 +335,7 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
     """A function that builds one neuron of the specification; keywords that it is called with
     replace the settings of the specification.
     """
-    if not (math.isinf(spec.tau) or spec.tau > 1):
-        raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
+    check_tau(spec.tau)
     kinds = _spiking_neurons(spec.T, float(spec.tau))
     if spec.neuron in _WITHOUT_SPIKES:
         if spec.T != 1:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.checks import check_counts
 from sj_robust.core.eps import Radii, parse_radii
 from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.saved import SavedResult, markdown_table
@@ -160,7 +161,7 @@ def intensity_correlation(
         >>> round(study.associations["brighter"]["net.2"]["mppd_l1"]["per_image"].value, 6)
         1.0
     """
-    _check_counts(batch_size=batch_size, resamples=resamples)
+    check_counts(batch_size=batch_size, resamples=resamples)
     sizes = _checked_sizes(eps)
     if not perturb:
         raise ValueError("perturb must name at least one direction, such as {'gaussian': ...}")
@@ -409,9 +410,3 @@ def _checked_sizes(eps: Radii) -> list[float]:
             f"eps must be at least two sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]"
         )
     return sizes
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")

@@ -9,8 +9,8 @@ from lab.command_line import describe_folder, run_recipe
 from launch import RECIPES, unboxed
 
 from sj_robust import __main__ as command
-from sj_robust.core import commands
-from sj_robust.core.commands import COMMANDS, as_called
+from sj_robust import __main__ as commands
+from sj_robust.__main__ import COMMANDS, as_called
 
 
 @pytest.fixture
