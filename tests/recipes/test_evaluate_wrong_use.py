@@ -76,6 +76,9 @@ NETWORKS = {
             "x/train",
         ),
         ("runs/one --eps 0", ValueError, "eps must be > 0"),
+        ("runs/one --eps 0,0.1", ValueError, "eps must be > 0"),
+        ("runs/one --eps 0.1,0.2 --suite stress", ValueError, "eps must be one radius"),
+        ("runs/one --eps 0.1,", SystemExit, "number or a fraction"),
         ("runs/one --eps 8/x", SystemExit, "number or a fraction"),
         ("runs/one --norm L2", ValueError, "give that of L2, such as --eps 0.5"),
         (

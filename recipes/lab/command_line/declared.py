@@ -17,7 +17,7 @@ import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from sj_robust.core.datasets import check_dataset
-from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.eps import eps_text, parse_eps, parse_radii
 from sj_robust.core.folders import check_folder
 
 MarkT = TypeVar("MarkT")
@@ -74,6 +74,21 @@ class Radius(float):
 
     def __str__(self) -> str:
         return eps_text(self)
+
+
+class Radii(tuple[Radius, ...]):
+    """One radius or several between commas, in increasing order.
+
+    >>> Radii("8/255,0.01")[1] == 8 / 255, str(Radii("8/255,0.01"))
+    (True, '0.01,8/255')
+    """
+
+    def __new__(cls, written: str) -> Self:
+        """Parse them; ValueError if one is none."""
+        return super().__new__(cls, map(Radius, parse_radii(written.split(","))))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
 
 
 class Word(PrimitiveConstructorSpec[Any]):
@@ -192,6 +207,8 @@ def plain(options: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Radii) and len(value) == 1:
+        return _plain(value[0])
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, Radius):

@@ -17,6 +17,7 @@ from lab.command_line.declared import (
     NamesCode,
     Needs,
     Often,
+    Radii,
     Radius,
     Word,
     Yaml,
@@ -176,6 +177,7 @@ def _cli(
     registry = ConstructorRegistry()
     registry.struct_rule(lambda info: options if info.type is kind else None)
     registry.primitive_rule(lambda info: Word(Radius, "RADIUS") if info.type is Radius else None)
+    registry.primitive_rule(lambda info: Word(Radii, "RADII") if info.type is Radii else None)
     module = sys.modules[kind.__module__]
     script = Path(getattr(module, "__file__", None) or "recipe.py")
     text_of_module = (module.__doc__ or "").strip()
