@@ -30,6 +30,7 @@ from lab.command_line import (
     OpenUnitInterval,
     OutputFolder,
     PositiveInt,
+    Radii,
     Radius,
     WrongUse,
     changed,
@@ -130,8 +131,9 @@ class Options:
     - events: full evaluation on event frames.
     - stress: hardware faults, clean and attacked.
     - corruptions: common corruptions at five severities, clean and attacked."""
-    eps: Annotated[Radius | None, Often()] = None
-    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. For norm
+    eps: Annotated[Radii | None, Often()] = None
+    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. Several, as
+    in 2/255,4/255,8/255: accuracy over eps has them, and the suite runs at the largest. For norm
     L0, the number of changed elements per sample; for norm moves, the number of moved events."""
     norm: Annotated[Literal["Linf", "L2", "L0", "moves"] | None, Often()] = None
     """Norm of the perturbation; None: Linf; for event data, L0, or moves if the network was
@@ -223,7 +225,7 @@ from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.console import working
 from sj_robust.core.datasets import EVENT_DATASETS
-from sj_robust.core.eps import parse_eps
+from sj_robust.core.eps import parse_eps, parse_radii
 from sj_robust.core.folders import read_text
 from sj_robust.data import load_images
 from sj_robust.evaluation import Report, compare_reports
@@ -269,6 +271,7 @@ class Settled:
         suite: Name of the suite.
         dataset: Name of the data set.
         threat: What the adversary may change.
+        radii: Radii of accuracy over eps; none where one is asked for.
         counts: Whether frames of events hold numbers of events.
         T: Frames per sample of event data; None for images.
     """
@@ -277,6 +280,7 @@ class Settled:
     suite: str
     dataset: str
     threat: ThreatModel
+    radii: tuple[float, ...]
     counts: bool
     T: int | None
 
@@ -296,19 +300,24 @@ class Settled:
         if shift is None and norm == "moves":
             shift = subject.options.get("largest_shift")  # that of the training
         counts = counts_of(options, subject, events=events)
+        *smaller, largest = radii_of(options, norm, subject)
         threat = ThreatModel(
             norm,
-            radius(options, norm, subject),
+            largest,
             largest_shift=shift,
             total_shift=options.total_shift,
             counts=counts if norm in ("L0", "moves") else bool(options.counts),
         )
-        check_radius(threat)
+        for eps in (*smaller, largest):
+            check_radius(replace(threat, eps=eps))
+        if smaller and is_without_suite(complete):
+            raise ValueError(f"eps must be one radius for this suite, got {options.eps}; give one")
         if not is_without_suite(complete):
             check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
-        return cls(complete, suite, dataset, threat, counts, T)
+        radii = (*smaller, largest) if smaller else ()
+        return cls(complete, suite, dataset, threat, radii, counts, T)
 
 
 def evaluate_network(options: Options, arguments: list[str]) -> None:
@@ -368,6 +377,7 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
             proofs=options.proofs,
             control=options.control,
             rounds=options.rounds,
+            radii=settled.radii,
             folder=folder / "progress",
             configuration=configuration,
             watch=Watch(display.say, display.on_step),
@@ -502,8 +512,8 @@ def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
     return options.counts
 
 
-def radius(options: Options, norm: str, subject: Subject) -> float:
-    """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
+def radii_of(options: Options, norm: str, subject: Subject) -> list[float]:
+    """Radii, that of the threat last: those asked for, or that of the checkpoint's evaluation."""
     if options.smooth is not None:
         beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
         if parse_eps(options.smooth) <= 0 or any(beside) or options.rounds > 1:
@@ -511,12 +521,12 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
                 "--smooth needs SIGMA > 0 and attacks the vote on images in L2, in one run: omit "
                 "--eps, --norm, --suite, --transfer, --resume and --rounds"
             )
-        return 2 * parse_eps(options.smooth)
+        return [2 * parse_eps(options.smooth)]
     trained = subject.options
     of_events = {"L0": "flips", "moves": "moves"}.get(norm, "")
     if options.eps is None and trained.get(of_events):
-        return float(trained[of_events])
-    eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
+        return [float(trained[of_events])]
+    eps = options.eps or trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
         raise ValueError(
             f"eps is the number of changed or moved events per sample for {norm}: give it, as in "
@@ -528,7 +538,7 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
         raise ValueError(
             f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5"
         )
-    return parse_eps(eps)
+    return parse_radii(eps)
 
 
 def stem(options: Options) -> str:

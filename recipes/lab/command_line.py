@@ -40,7 +40,7 @@ from tyro.constructors import (
 
 from sj_robust.__main__ import CONFIGS, as_called
 from sj_robust.core.datasets import check_dataset
-from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.eps import eps_text, parse_eps, parse_radii
 from sj_robust.core.folders import check_folder, read_text
 
 MarkT = TypeVar("MarkT")
@@ -98,6 +98,21 @@ class Radius(float):
 
     def __str__(self) -> str:
         return eps_text(self)
+
+
+class Radii(tuple[Radius, ...]):
+    """One radius or several between commas, in increasing order.
+
+    >>> Radii("8/255,0.01")[1] == 8 / 255, str(Radii("8/255,0.01"))
+    (True, '0.01,8/255')
+    """
+
+    def __new__(cls, written: str) -> Self:
+        """Parse them; ValueError if one is none."""
+        return super().__new__(cls, map(Radius, parse_radii(written.split(","))))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
 
 
 class Word(PrimitiveConstructorSpec[Any]):
@@ -216,6 +231,8 @@ def plain(options: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Radii) and len(value) == 1:
+        return _plain(value[0])
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, Radius):
@@ -399,6 +416,7 @@ def _cli(
     registry = ConstructorRegistry()
     registry.struct_rule(lambda info: options if info.type is kind else None)
     registry.primitive_rule(lambda info: Word(Radius, "RADIUS") if info.type is Radius else None)
+    registry.primitive_rule(lambda info: Word(Radii, "RADII") if info.type is Radii else None)
     module = sys.modules[kind.__module__]
     script = Path(getattr(module, "__file__", None) or "recipe.py")
     text_of_module = (module.__doc__ or "").strip()

@@ -162,8 +162,10 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     if request.radii or (request.checks and not _has_curve(rows, request.threat)):
         estimators = [row["estimator"] for row in trials if row["chosen"]]
         rows += parts.over_eps(estimators[0] if estimators else "training")
+    unproved = ""
     if request.checks and "verified" in proved:
-        rows += parts.proofs_over_eps(rows)
+        more, unproved = parts.proofs_over_eps(rows)
+        rows += more
     looks_for_masking = request.checks and not request.threat.of_events
     findings = parts.findings(trials) if looks_for_masking else []
     unseen = {text for row in outcome.potential for text in row["warnings"]}
@@ -184,6 +186,7 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),
+            *([unproved] if unproved else []),
             *_of_few_classes(data.labels, parts.y.tolist()),
             *([_NOT_DIAGNOSED] if request.threat.of_events else []),
         ),
@@ -431,8 +434,10 @@ class _Parts:
         row = proof_row(self.threat, len(self.data.labels), proved["verified"])
         return [replace(row, seconds=proved["seconds"])]
 
-    def proofs_over_eps(self, rows: Sequence[Row]) -> list[Row]:
-        """Proofs at the radii of accuracy over eps, of the first images."""
+    def proofs_over_eps(self, rows: Sequence[Row]) -> tuple[list[Row], str]:
+        """Proofs at the radii of accuracy over eps, of the first images; or none, and why: a
+        network may do something else at a radius beyond that of the threat.
+        """
         self.say("proofs over eps")
         levels = [row for row in rows if row.attacks and "@" in row.member]
         radii = {row.eps or 0.0 for row in levels}
@@ -440,13 +445,18 @@ class _Parts:
             radii.add(0.0)
         names = [eps_text(eps) for eps in sorted(radii)]
 
-        def compute() -> dict[str, tuple[int, ...]]:
+        def compute() -> dict[str, tuple[int, ...]] | str:
             radii = list(map(parse_eps, names))
-            found = prove(self.model, self.few, radii, self.threat)
+            try:
+                found = prove(self.model, self.few, radii, self.threat)
+            except (NotImplementedError, UnprovableError) as error:
+                return f"Nothing could be proved over eps: {error}."
             return dict(found.verified)
 
         key = self.key | {"radii": ", ".join(names)}
         verified = self._computed_once("proofs_over_eps.json", key, compute)
+        if isinstance(verified, str):
+            return [], verified
         found = []
         if OVER_EPS not in {row.variant for row in rows}:
             found.append(_on_the_first(rows[0], len(self.y)))
@@ -454,7 +464,7 @@ class _Parts:
             threat = replace(self.threat, eps=parse_eps(eps))
             row = proof_row(threat, len(self.y), numbers)
             found.append(replace(row, variant=OVER_EPS))
-        return found
+        return found, ""
 
     def run(
         self, name: str, data: Data, members: Sequence[Member], verified: Sequence[int]

@@ -175,12 +175,13 @@ def test_the_data_root_is_that_of_the_run(tmp_path):
 
 def test_l2_and_transfer(folder, tmp_path):
     options = (
-        *split("--norm L2 --eps 0.5 --transfer runs/two/a --suite fast"),
+        *split("--norm L2 --eps 0.25,0.5 --transfer runs/two/a --suite fast"),
         *SMALL,
     )
     in_process(folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
     report = Report.load(tmp_path / "l2" / "report.json")
     assert report.threat == ThreatModel("L2", 0.5)
+    assert {row.eps for row in report.rows if "@" in row.member} == {0.25, 0.5}
     transferred = report.under("transfer/apgd_ce")  # from the very same weights
     assert transferred.correct < report.clean.correct
     for row in report.attacks:

@@ -476,7 +476,7 @@ class _Held:
         return [*self._inputs, _Values(logits, 0)]
 
     def agreement(self, forward: Forward, name: str, steps: Sequence[float]) -> list[float]:
-        """The cosine of every step."""
+        """The cosine of every step; 0 where a network does something else then."""
         leaves = self.leaves[name]
         with torch.enable_grad():
             base = self.run(forward)
@@ -496,6 +496,8 @@ class _Held:
                 with torch.no_grad():
                     after = self.run(forward)
                 self._moved = {}
+                if _shapes(after) != _shapes(base):  # as with other time steps
+                    return [0.0] * len(steps)
                 changes = [
                     one.times(one.tensor - before.tensor.detach(), weight / step)
                     for one, before, weight in zip(after, base, weights, strict=True)
@@ -537,6 +539,10 @@ class _Values:
     def times(self, one: Tensor, other: Tensor) -> "_Values":
         """A product of its shape."""
         return _Values(one.double() * other.double(), self.dim)
+
+
+def _shapes(values: list[_Values]) -> list[torch.Size]:
+    return [one.tensor.shape for one in values]
 
 
 def _slopes(base: list[_Values], weights: list[Tensor], leaves: list[_Values]) -> list[Tensor]:
