@@ -70,7 +70,7 @@ nitpick_ignore = [
         "evaluation.run.plain.Plain",
         "neuron.charging.Charging",
         "ops.dlif.config.Outputs",
-        "perturbation.association.Association",
+        "perturbation.intensity.Association",
         "proofs.differentiable.DifferentiableBounds",
         "proofs.rules.Bounds",
     )

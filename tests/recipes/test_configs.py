@@ -302,7 +302,10 @@ def test_the_augmentation_reaches_the_training_images(monkeypatch, given, expect
         ({"cutout": 0}, "augment_options must not contain cutout; use --cutout"),
         ({"rotate": 10}, r"must be one of padding, flip, rotation, scale, .* mean 'rotation'"),
         ({1: 2}, "augment_options must be one of padding, flip, rotation, scale, got 1"),
-        ({"rotation": 400}, "wrong augmentation of training images: rotation must be finite, <= 180"),
+        (
+            {"rotation": 400},
+            "wrong augmentation of training images: rotation must be finite, <= 180",
+        ),
         ({"flip": "maybe"}, "wrong augmentation of training images: flip must be"),
     ],
 )
