@@ -68,7 +68,7 @@ nitpick_ignore = [
         "evaluation.run.plain.Plain",
         "neuron.charging.Charging",
         "ops.dlif.config.Outputs",
-        "perturbation.association.Association",
+        "perturbation.intensity.Association",
         "proofs.differentiable.DifferentiableBounds",
         "proofs.rules.Bounds",
     )

@@ -20,8 +20,11 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.defences import NoisyLIFNode
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation.indicators import neuron_indicators
-from sj_robust.perturbation.intensity import IntensityCorrelation, intensity_correlation
+from sj_robust.perturbation.intensity import (
+    IntensityCorrelation,
+    intensity_correlation,
+    neuron_indicators,
+)
 
 SIZES = [0.05, 0.2, 0.6]
 
