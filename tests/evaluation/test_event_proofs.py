@@ -19,7 +19,7 @@ from sj_robust.proofs import verify
 T = 2
 
 
-def network():
+def network(T=T):
     torch.manual_seed(3)
     node = neuron.LIFNode(tau=2.0, v_threshold=0.3, decay_input=False)
     net = nn.Sequential(layer.Conv2d(2, 4, 2), node, layer.Flatten(), layer.Linear(16, 3))
@@ -31,7 +31,7 @@ def network():
 
 def samples(model, count=12):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(2, (count, T, 2, 3, 3), generator=generator).float()
+    x = torch.randint(2, (count, model.T, 2, 3, 3), generator=generator).float()
     y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 3  # one that is wrong
     return x, y
@@ -148,7 +148,7 @@ def test_later_batches_are_checked_too():
 
 
 def test_a_total_shift_limits_moves_and_how_far_each_goes():
-    model = network()
+    model = network(T=4)
     x, y = samples(model)
     threat = ThreatModel("moves", 5, total_shift=1)
     T = x.shape[1]
