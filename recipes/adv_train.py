@@ -329,9 +329,8 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from lab.processes import first_process_first, make_accelerator
+from lab.processes import first_process_first, make_accelerator, tracked
 from lab.run_folder import open_run_folder
-from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel

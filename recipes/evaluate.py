@@ -392,15 +392,7 @@ def make_report(subject: Subject, data: Data, request: Request, options: Options
     """The report of the kind of evaluation that the options ask for."""
     if options.smooth is not None:
         return bracket_of_the_vote(
-            subject,
-            data,
-            request.threat.eps / 2,
-            n=options.smooth_draws,
-            alpha=options.smooth_alpha,
-            seed=request.seed,
-            say=request.watch.say,
-            dataset=request.dataset,
-            configuration=dict(request.configuration),
+            subject, data, request, n=options.smooth_draws, alpha=options.smooth_alpha
         )
     measure = stress_network if is_stress_test(options) else assess
     return measure(subject, data, request)

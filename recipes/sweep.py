@@ -114,14 +114,6 @@ if __name__ == "__main__":
     )  # ends here if they are wrong: what follows imports torch
 
 import yaml
-from lab.sweeping.grid import (
-    check_suite_is_run,
-    expand,
-    names_in,
-    read_cells,
-    read_evaluations,
-    seeds_of,
-)
 from lab.sweeping.perform import LOG_FILE, executor_for, perform_all
 from lab.sweeping.report import Results, write_report
 from lab.sweeping.runs import (
@@ -129,8 +121,14 @@ from lab.sweeping.runs import (
     Planner,
     Skip,
     Trial,
+    check_suite_is_run,
     compared,
+    expand,
     load_recipe,
+    names_in,
+    read_cells,
+    read_evaluations,
+    seeds_of,
     trials_csv,
 )
 from rich.console import Console

@@ -5,7 +5,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
-from lab.tracking import tracked
+from lab.processes import tracked
 from launch import in_process
 
 
