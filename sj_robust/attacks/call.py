@@ -273,7 +273,8 @@ def input_gradient(losses: Tensor, x: Tensor, *, keep_graph: bool = False) -> Te
         )
     if not bool(torch.isfinite(grad).all()):
         raise _NonFiniteGradientError(
-            "the gradient at the images must be finite, got NaN or infinity; craft in float32"
+            "the gradient at the images must be finite, got NaN or infinity; craft in float32, "
+            "with weights that are finite"
         )
     return grad
 

@@ -242,7 +242,7 @@ def _held_out(
     if not (fraction > 0 and train and held_out):
         raise ValueError(
             f"validation_fraction must leave images on both sides, got {fraction} of "
-            f"{len(train) + len(held_out)} images"
+            f"{len(train) + len(held_out)} images; give another share, or more images"
         )
     return Subset(source.train, train), Subset(source.train, held_out)
 

@@ -397,7 +397,7 @@ def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
     if not 0 < count < len(images):
         raise ValueError(
             f"validation_fraction must leave images on both sides, got {fraction} of "
-            f"{len(images)} images"
+            f"{len(images)} images; give another share, or more images"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()

@@ -82,10 +82,18 @@ def test_a_report_is_saved_as_its_file_is_called(ending, begins, tmp_path):
     assert (tmp_path / f"report.{ending}").read_text().startswith(begins)
 
 
-@pytest.mark.parametrize("name", ["report.pdf", "report.txt", "report"])
-def test_a_report_is_not_saved_under_another_ending(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("report.pdf", ValueError, "path"),
+        ("report.txt", ValueError, "path"),
+        ("report", ValueError, "path"),
+        ("missing/report.json", FileNotFoundError, "missing is no folder"),
+    ],
+)
+def test_a_report_is_saved_under_known_endings_in_folders_that_exist(name, error, said, tmp_path):
     for result in (of_a_suite(), Margin(0.5)):
-        with pytest.raises(ValueError, match="path"):
+        with pytest.raises(error, match=said):
             result.save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
