@@ -221,5 +221,3 @@ def test_wrong_use(bars):
         ValueError, match=r"got values from 0 to 3; for numbers of events pass counts"
     ):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
-    with pytest.raises(ValueError, match="eps must be <= 1200, the values of a sample, got 1201"):
-        evaluated(bars, threat=ThreatModel("L0", 1201))
