@@ -75,7 +75,7 @@ def assert_same_gradients(value, expected, net):
     grads_expected = gradients(expected, net)
     assert sum(bool(grad.any()) for grad in grads_expected) >= 2
     for grad, grad_expected in zip(gradients(value, net), grads_expected, strict=True):
-        scale = max(float(grad_expected.abs().max()), 1e-3)
+        scale = max(float(grad_expected.detach().abs().max()), 1e-3)
         assert_close(grad, grad_expected, rtol=1e-3, atol=1e-5 * scale)
 
 

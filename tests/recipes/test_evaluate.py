@@ -2,7 +2,6 @@ import signal
 from dataclasses import asdict, replace
 from functools import partial
 from shlex import split
-from types import SimpleNamespace
 
 import evaluate
 import launch
@@ -291,15 +290,6 @@ def test_event_data(folder, tmp_path, capsys, event_data):
         ValueError, match=r"events takes frames \(2, 2, 34, 34\), those of digits are \(1, 8, 8\)"
     ):
         in_process(folder, *options, *split("--dataset digits --eps 0.1 --output none"))
-
-
-@pytest.mark.parametrize(
-    ("trained", "T", "expected"), [(1, 3, 1), (2, 3, 2), (2, 2, None), (None, 3, None)]
-)
-def test_the_shift_of_a_training_fits_the_frames(trained, T, expected):
-    model = SimpleNamespace(T=T)
-    subject = SimpleNamespace(options={"largest_shift": trained}, model=model)
-    assert evaluate.inherited_shift(subject) == expected
 
 
 def test_stress(folder, tmp_path, capsys, monkeypatch):

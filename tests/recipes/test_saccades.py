@@ -28,7 +28,7 @@ def train(folder, *options):
 @pytest.mark.slow
 def test_a_certified_run_and_its_evaluation(tmp_path):
     run = tmp_path / "run"
-    options = split(f"--mode certified --certified-flips 1.5 --counts --output {run}")
+    options = split(f"--mode certified --certified-flips 3 --counts --output {run}")
     train(tmp_path, *options)
     report = Report.load(run / "report.json")
     threat = ThreatModel("L0", 2, counts=True)
