@@ -173,7 +173,7 @@ def test_attacks_of_torchattacks(model, name):
     x = X
     y = predicted(model, x)
     norm, eps = ("L2", 1.0) if name == "PGDL2" else ("Linf", 0.1)
-    options = {"n_queries": 50} if name == "Square" else {}
+    options = {"n_queries": 500} if name == "Square" else {}
     peer = getattr(torchattacks, name)(model, eps=eps, **options)
     before = torch.get_rng_state()
     first, again = (
@@ -183,6 +183,29 @@ def test_attacks_of_torchattacks(model, name):
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert (predicted(model, first) != y).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peer", "norm", "eps", "step_size", "steps"),
+    [
+        ("PGD", "Linf", 0.1, 0.0125, 20),
+        ("PGD", "Linf", 8 / 255, 2 / 255, 10),
+        ("PGDL2", "L2", 1.0, 0.2, 10),
+    ],
+)
+def test_predictions_agree_with_torchattacks(trained, peer, norm, eps, step_size, steps):
+    torchattacks = pytest.importorskip(
+        "torchattacks", reason="extra `compare` holds the peers of parity tests"
+    )
+    model, x, y = trained
+    options = {"steps": steps, "random_start": False}
+    threat = ThreatModel(norm, eps)
+    ours = pgd(model, x, y, eps=threat, step_size=step_size, keep_best=False, **options)
+    theirs = getattr(torchattacks, peer)(model, eps=eps, alpha=step_size, **options)(x, y)
+    ours, theirs = (predicted(model, crafted) for crafted in (ours, theirs))
+    assert (ours == theirs).float().mean() >= 0.995
+    assert (ours == y).sum() < (predicted(model, x) == y).sum()
 
 
 IMAGES = torch.rand(7, 1, 6, 6, generator=seeded(2))

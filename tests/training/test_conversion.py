@@ -136,7 +136,8 @@ def test_a_clipped_relu_is_as_uncertain_as_counts_in_training_alone():
     assert 0.2 < inside.abs().max() <= 0.25
     assert float(inside.std()) == pytest.approx(0.5 / math.sqrt(12), rel=0.1)
     clipped(x).sum().backward()
-    assert torch.equal(x.grad, ((x >= 0) & (x <= 2)).float())
+    clear = ((x - 1).abs() - 1).abs() > 1e-3
+    assert torch.equal(x.grad[clear], ((x > 0) & (x < 2)).float()[clear])
     assert clipped.threshold.grad == pytest.approx(int((x > 2).sum()), abs=1.1)
     assert torch.equal(ClippedReLU(None, 2.0).train()(x), clipped(x))
 
