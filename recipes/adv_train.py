@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from lab.command_line import (
     DatasetName,
@@ -40,6 +40,9 @@ from lab.command_line import (
 
 from sj_robust.core.datasets import AUGMENTED
 from sj_robust.core.extras import check_tracker
+
+if TYPE_CHECKING:
+    from sj_robust.training.modes import ModeName  # brings torch
 
 
 def of_events(options: "Options") -> bool:
@@ -318,7 +321,7 @@ class Options:
     """Resume the run in the folder given by --output; without --output, the newest run."""
 
     @property
-    def trained_mode(self) -> Any:
+    def trained_mode(self) -> "ModeName":
         """The mode of the training itself."""
         return "pgd_at" if self.mode == "twin_at" else self.mode
 
@@ -326,7 +329,6 @@ class Options:
 if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from lab.processes import first_process_first, make_accelerator, tracked
@@ -360,6 +362,8 @@ ValueT = TypeVar("ValueT")
 
 TWIN: Literal["clipped_relu"] = "clipped_relu"
 """What takes the place of the neurons in a training of mode twin_at."""
+RUN_BY_SPIKES = "dlif twin_at"
+"""Name of the network that runs the weights of such a training."""
 
 
 def main(arguments: list[str]) -> None:
@@ -393,7 +397,7 @@ def main(arguments: list[str]) -> None:
         code = code_of(network_spec(options, splits))
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
-            if choice is not options and choice.neuron == TWIN:
+            if is_twin(choice, options):
                 run_by_spikes(objective.classifier, options, splits)
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
@@ -498,9 +502,10 @@ def train_all(
         if data is None:
             data = read_test_images(splits)
         judged = {name: classifier}
-        if options.mode == "twin_at" and choice.neuron == TWIN:
-            judged["dlif twin_at"] = run_by_spikes(classifier, options, splits)
-            save_spiking(judged["dlif twin_at"], options, splits, folder, descriptions[name])
+        if is_twin(choice, options):
+            spiking = run_by_spikes(classifier, options, splits)
+            save_spiking(spiking, options, splits, folder, descriptions[name])
+            judged[RUN_BY_SPIKES] = spiking
         for judged_name, network in judged.items():
             report = final_report(
                 judged_name,
@@ -692,6 +697,11 @@ def twin_of(options: Options) -> Options:
     return replace(options, neuron=TWIN, mode="pgd_at", T=1, model_options=model_options)
 
 
+def is_twin(choice: Options, options: Options) -> bool:
+    """Whether this training of a run is that of a twin."""
+    return options.mode == "twin_at" and choice.neuron == TWIN
+
+
 def spiking_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
     """The network that runs a twin's weights."""
     model_options = options.model_options | {"v_reset": None}
@@ -703,10 +713,10 @@ def run_by_spikes(
     twin: SpikingClassifier, options: Options, splits: ImageSplits
 ) -> SpikingClassifier:
     """The network of spikes with the weights of a twin."""
-    x = torch.stack([splits.train[index][0] for index in range(min(64, len(splits.train)))])
-    spiking = build_classifier(spiking_spec(options, splits))
     like = next(twin.parameters())
-    converted = training.convert(twin, x.to(like), T=options.T)
+    image, _ = splits.train[0]  # for the shapes alone: thresholds are the scales
+    converted = training.convert(twin, image.unsqueeze(0).to(like), T=options.T)
+    spiking = build_classifier(spiking_spec(options, splits))
     spiking.load_state_dict(converted.state_dict())
     return spiking.to(like.device).eval()
 
@@ -719,7 +729,7 @@ def save_spiking(
     description: Mapping[str, Any],
 ) -> None:
     """Save it where the networks of a run are; ``description`` is that of the twin's training."""
-    place = folder_of("dlif twin_at", folder)
+    place = folder_of(RUN_BY_SPIKES, folder)
     place.mkdir(exist_ok=True)
     network = asdict(spiking_spec(options, splits))
     content = {"model": classifier.state_dict(), "description": {**description, "network": network}}

@@ -52,7 +52,7 @@ class ClippedReLU(PerNeuron):
         """See the class."""
         super().__init__()
         self.levels = None if levels is None else check_count("levels", levels)
-        self.first = check_size("threshold", threshold, positive=True)
+        self.initial = check_size("threshold", threshold, positive=True)
         self.step_mode = step_mode
         self.threshold = UninitializedParameter()
 
@@ -65,7 +65,7 @@ class ClippedReLU(PerNeuron):
     def forward(self, x: Tensor) -> Tensor:
         """Clipped, of the same shape."""
         channel = 2 if self.step_mode == "m" else 1
-        self.materialize("threshold", (x.shape[channel],), self.first, x)
+        self.materialize("threshold", (x.shape[channel],), self.initial, x)
         threshold = self.threshold.view(-1, *[1] * (x.ndim - channel - 1))
         share = x / threshold
         if self.training and self.levels is not None:
