@@ -63,14 +63,12 @@ nitpick_ignore = [
     ("py:class", f"sj_robust.{name}")  # of annotations
     for name in (
         "data.stored.FileImages",
-        "data.stored.StoredCounts",
-        "data.stored.StoredFrames",
         "data.stored.StoredImages",
         "estimators.naming.EstimatorName",
         "evaluation.run.plain.Plain",
         "neuron.charging.Charging",
         "ops.dlif.config.Outputs",
-        "perturbation.association.Association",
+        "perturbation.intensity.Association",
         "proofs.differentiable.DifferentiableBounds",
         "proofs.rules.Bounds",
     )

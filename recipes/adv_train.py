@@ -7,24 +7,15 @@ Examples:
     torchrun --nproc-per-node 2 recipes/adv_train.py  # or accelerate launch
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from lab.command_line import (
-    check_options,
-    checked,
-    deciding,
-    describe_folder,
-    parse_options,
-    plain,
-    run_recipe,
-    unused,
-)
-from lab.command_line.declared import (
     DatasetName,
     Decides,
     Idle,
@@ -37,10 +28,21 @@ from lab.command_line.declared import (
     PositiveInt,
     Radius,
     YamlDict,
+    check_options,
+    checked,
+    deciding,
+    describe_folder,
+    parse_options,
+    plain,
+    run_recipe,
+    unused,
 )
 
 from sj_robust.core.datasets import AUGMENTED
 from sj_robust.core.extras import check_tracker
+
+if TYPE_CHECKING:
+    from sj_robust.training.modes import ModeName  # brings torch
 
 
 def of_events(options: "Options") -> bool:
@@ -54,7 +56,8 @@ BESIDE_EVENTS = Idle(of_events)
 
 def has_no_leak(options: "Options") -> bool:
     """Whether no network that is trained has a time constant; the reference is one of LIF."""
-    return options.neuron in ("if", "relu") and not options.reference
+    without = options.neuron in ("if", "relu", "clipped_relu") or options.mode == "twin_at"
+    return without and not options.reference
 
 
 def is_augmented(options: "Options") -> bool:
@@ -85,7 +88,7 @@ def is_eps_idle(options: "Options") -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of adv_train; the marks are explained in :mod:`lab.command_line.declared`."""
+    """Options of adv_train; the marks are explained in :mod:`lab.command_line`."""
 
     # data
     dataset: Annotated[DatasetName, Often()] = "digits"
@@ -121,10 +124,13 @@ class Options:
     model_options: YamlDict = field(default_factory=dict)
     """Additional keyword arguments of the network."""
     neuron: Annotated[
-        Literal["dlif", "lif", "plif", "if", "relu", "tgo", "feel", "hosnn", "stog"], Often()
+        Literal[
+            "dlif", "lif", "plif", "if", "relu", "clipped_relu", "tgo", "feel", "hosnn", "stog"
+        ],
+        Often(),
     ] = "dlif"
-    """Spiking neuron of the trained network; relu: no spikes (needs --T 1); tgo, feel, hosnn, stog:
-    neurons of defences."""
+    """Spiking neuron of the trained network; relu, clipped_relu: no spikes (needs --T 1); tgo,
+    feel, hosnn, stog: neurons of defences."""
     learn_gain: Annotated[bool, Idle(lambda options: options.neuron != "dlif")] = True
     """Learn the input gain of DLIF; False: fix it at 1, as in LIF."""
     T: Annotated[PositiveInt, Often()] = 4
@@ -156,10 +162,14 @@ class Options:
 
     # training attack
     mode: Annotated[
-        Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"], Often()
+        Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified", "twin_at"],
+        Often(),
     ] = "at"
     """Training mode: none, gaussian, at (single step), rat (at with weight retraction), pgd_at,
-    trades, certified."""
+    trades, certified; twin_at: pgd_at of a network of clipped ReLUs, whose weights DLIF neurons
+    then run in T steps."""
+    levels: Annotated[PositiveInt, Idle(lambda options: options.mode != "twin_at")] = 4
+    """For mode twin_at: in training, activations are as uncertain as counts of so many steps."""
     eps: Annotated[Radius, Often(), Idle(is_eps_idle)] = Radius(0.1)
     """Linf radius of the training attack, such as 8/255; in mode gaussian, the standard
     deviation."""
@@ -174,7 +184,7 @@ class Options:
     0 or 1."""
     largest_shift: Annotated[PositiveInt | None, Idle(lambda options: options.moves is None)] = None
     """With --moves: largest number of frames by which an event may move; None: no limit."""
-    certified_flips: float | None = None
+    certified_flips: PositiveInt | None = None
     """For mode certified: changed or moved events per time step in the bounds; None: as --flips or
     --moves."""
     certified_eps: Annotated[Radius | None, BESIDE_EVENTS] = None
@@ -286,8 +296,7 @@ class Options:
     compile: Annotated[bool, Decides("figures")] = False
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
-    """Use the channels-last format; None: always on a GPU; on a CPU in half precision, if it is
-    faster."""
+    """Use the channels-last format; None: on a GPU alone."""
     sync_batch_norm: bool = False
     """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0
@@ -311,15 +320,19 @@ class Options:
     resume: Annotated[bool, Often(), Decides("nothing")] = False
     """Resume the run in the folder given by --output; without --output, the newest run."""
 
+    @property
+    def trained_mode(self) -> "ModeName":
+        """The mode of the training itself."""
+        return "pgd_at" if self.mode == "twin_at" else self.mode
+
 
 if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from lab.processes import first_process_first, make_accelerator
+from lab.processes import first_process_first, make_accelerator, tracked
 from lab.run_folder import open_run_folder
-from lab.tracking import tracked
 
 from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import Attack, ThreatModel
@@ -335,7 +348,6 @@ from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.build import NETWORKS, check_has_neuron, code_of, options_for_lif
 from sj_robust.models.checkpoint import check_same_run, load_run
 from sj_robust.proofs.differentiable import TrainedMethod
-from sj_robust.proofs.verification import NormName
 from sj_robust.training.engine import check_training
 from sj_robust.training.journal import EpochRecord
 from sj_robust.training.modes import Mode, event_attacks, event_training_attack, final_attacks
@@ -347,6 +359,11 @@ from sj_robust.training.validation import (
 )
 
 ValueT = TypeVar("ValueT")
+
+TWIN: Literal["clipped_relu"] = "clipped_relu"
+"""What takes the place of the neurons in a training of mode twin_at."""
+RUN_BY_SPIKES = "dlif twin_at"
+"""Name of the network that runs the weights of such a training."""
 
 
 def main(arguments: list[str]) -> None:
@@ -369,7 +386,9 @@ def main(arguments: list[str]) -> None:
             on_unreadable=options.on_unreadable,
             augment=augment,
         )
-    networks = {f"{options.neuron} {options.mode}": options}
+    with checked():
+        trained = twin_of(options) if options.mode == "twin_at" else options
+    networks = {f"{trained.neuron} {trained.trained_mode}": trained}
     if options.reference:
         networks["lif undefended"] = undefended(options)
     with checked():  # before there is a folder
@@ -378,6 +397,8 @@ def main(arguments: list[str]) -> None:
         code = code_of(network_spec(options, splits))
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
+            if is_twin(choice, options):
+                run_by_spikes(objective.classifier, options, splits)
             attacks = [attack, *attacks_of_report(options).values()]
             check_training(objective, splits, plan, accelerator, attacks)
             plan.check_select(validation_attacks(choice))
@@ -476,12 +497,19 @@ def train_all(
         classifier, history = train_network(
             name, choice, splits, accelerator, folder, journal, description=descriptions[name]
         )
-        if accelerator.is_main_process:
-            if data is None:
-                data = read_test_images(splits)
+        if not accelerator.is_main_process:
+            continue
+        if data is None:
+            data = read_test_images(splits)
+        judged = {name: classifier}
+        if is_twin(choice, options):
+            spiking = run_by_spikes(classifier, options, splits)
+            save_spiking(spiking, options, splits, folder, descriptions[name])
+            judged[RUN_BY_SPIKES] = spiking
+        for judged_name, network in judged.items():
             report = final_report(
-                name,
-                classifier,
+                judged_name,
+                network,
                 history,
                 splits,
                 data,
@@ -577,10 +605,7 @@ def prepared(
         deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,
         seed=options.seed,
-        verified_eps=evaluation_threat(options).eps if mode.select == "verified" else None,
-        verified_norm=norm_of_proofs(options),
-        verified_shift=options.largest_shift if options.moves is not None else None,
-        verified_counts=options.counts and of_events(options),
+        verified=evaluation_threat(options) if mode.select == "verified" else None,
         verified_method=verified_method(options),
     )
     bounds = training.CertifiedOptions(
@@ -589,9 +614,6 @@ def prepared(
         ramp=options.ramp,
         box=options.box,
         attacked=options.attacked,
-        norm=norm_of_proofs(options),
-        largest_shift=options.largest_shift if options.moves is not None else None,
-        counts=options.counts and of_events(options),
     )
     attack = None
     if not certified or mode.rho != 0 or bounds.needs_perturbed:
@@ -619,7 +641,7 @@ def prepared(
         loss=mode.loss,
         trades_weight=options.trades_weight,
         penalties=penalties,
-        certified_eps=certified_radius(options) if certified else None,
+        certified_eps=certified_threat(options) if certified else None,
         certified_options=bounds,
         indicator=options.indicator,
     )
@@ -635,7 +657,7 @@ def attack_in_training(options: Options, bounds: training.CertifiedOptions) -> A
         return event_training_attack(options.mode, threat, steps=options.attack_steps)
     attacks_bounds = options.mode == "certified" and bounds.needs_perturbed
     return training.training_attack(
-        options.mode,
+        options.trained_mode,
         eps=certified_eps(options) if attacks_bounds else options.eps,
         noise_std=options.noise_std,
         project=options.project,
@@ -663,6 +685,55 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         encoder=options.encoder,
         encoder_options=options.encoder_options,
     )
+
+
+def twin_of(options: Options) -> Options:
+    """The training of the network of clipped ReLUs whose weights are to be run by spikes."""
+    if options.neuron != "dlif":
+        raise ValueError(f"mode twin_at needs neuron dlif, which runs it, got {options.neuron}")
+    if of_events(options) or options.rho:
+        raise ValueError("mode twin_at trains without spikes; omit --rho, --flips and --moves")
+    model_options = options.model_options | {"levels": options.levels}
+    return replace(options, neuron=TWIN, mode="pgd_at", T=1, model_options=model_options)
+
+
+def is_twin(choice: Options, options: Options) -> bool:
+    """Whether this training of a run is that of a twin."""
+    return options.mode == "twin_at" and choice.neuron == TWIN
+
+
+def spiking_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
+    """The network that runs a twin's weights."""
+    model_options = options.model_options | {"v_reset": None}
+    spiking = replace(options, tau=math.inf, learn_gain=False, model_options=model_options)
+    return network_spec(spiking, splits)
+
+
+def run_by_spikes(
+    twin: SpikingClassifier, options: Options, splits: ImageSplits
+) -> SpikingClassifier:
+    """The network of spikes with the weights of a twin."""
+    like = next(twin.parameters())
+    image, _ = splits.train[0]  # for the shapes alone: thresholds are the scales
+    converted = training.convert(twin, image.unsqueeze(0).to(like), T=options.T)
+    spiking = build_classifier(spiking_spec(options, splits))
+    spiking.load_state_dict(converted.state_dict())
+    return spiking.to(like.device).eval()
+
+
+def save_spiking(
+    classifier: SpikingClassifier,
+    options: Options,
+    splits: ImageSplits,
+    folder: Path,
+    description: Mapping[str, Any],
+) -> None:
+    """Save it where the networks of a run are; ``description`` is that of the twin's training."""
+    place = folder_of(RUN_BY_SPIKES, folder)
+    place.mkdir(exist_ok=True)
+    network = asdict(spiking_spec(options, splits))
+    content = {"model": classifier.state_dict(), "description": {**description, "network": network}}
+    training.save_checkpoint(place / "best.pt", content)
 
 
 def augmentation(options: Options) -> Augmentation | bool:
@@ -711,7 +782,7 @@ def undefended(options: Options) -> Options:
 
 def mode_of(options: Options) -> Mode:
     """The mode of a training, with the options' values where they are given."""
-    mode = training.MODES[options.mode]
+    mode = training.MODES[options.trained_mode]
     retraction = given(options.beta, mode.retraction)
     if of_events(options) and mode.select == "pgd":
         mode = replace(mode, select="moves" if options.flips is None else "flips")
@@ -752,11 +823,6 @@ def check_events(options: Options, splits: ImageSplits) -> None:
             "counts needs a number of events that may be changed or moved, got none; give --flips "
             "or --moves"
         )
-    if options.moves is not None and (options.largest_shift or 0) >= options.T:
-        raise ValueError(
-            f"largest_shift must be < T = {options.T}, the frames of a sample, got "
-            f"{options.largest_shift}; omit it for any shift"
-        )
     counted = {"flips": "changed", "moves": "moved"}
     for name, what in counted.items():
         number = getattr(options, name)
@@ -776,16 +842,9 @@ def check_events(options: Options, splits: ImageSplits) -> None:
         )
 
 
-def norm_of_proofs(options: Options) -> NormName:
-    """What is proved, in training and afterwards."""
-    if options.flips is not None:
-        return "L0"
-    return "Linf" if options.moves is None else "moves"
-
-
 def is_single_step(options: Options) -> bool:
     """Whether catastrophic overfitting is looked for, which attacks by FGSM and PGD show."""
-    return training.MODES[options.mode].single_step and not of_events(options)
+    return training.MODES[options.trained_mode].single_step and not of_events(options)
 
 
 def evaluation_threat(options: Options) -> ThreatModel:
@@ -811,11 +870,12 @@ def attacks_of_report(options: Options) -> dict[str, Attack]:
     return final_attacks(evaluation_eps(options))
 
 
-def certified_radius(options: Options) -> float:
-    """Radius of the bounds in training, of whichever norm."""
-    if of_events(options):
-        return given(options.certified_flips, evaluation_threat(options).eps)
-    return certified_eps(options)
+def certified_threat(options: Options) -> ThreatModel:
+    """What the bounds in training are about."""
+    if not of_events(options):
+        return ThreatModel("Linf", certified_eps(options))
+    threat = evaluation_threat(options)
+    return replace(threat, eps=given(options.certified_flips, threat.eps))
 
 
 def certified_eps(options: Options) -> Radius:

@@ -16,8 +16,8 @@ Examples:
     python recipes/benchmark.py --output docs/benchmarks  # writes neuron.csv, .md, .png
     python recipes/benchmark.py --device cuda --output docs/benchmarks  # GPU, one hour
 
-Each method runs in its own process, and methods of one shape alternate. Timing starts only after
-the operator's tests and a comparison with the reference loop have passed. Other libraries are
+Each method runs in its own process, and methods of one shape take three turns. Timing starts only
+after the operator's tests and a comparison with the reference loop have passed. Other libraries are
 optional (pip install snntorch norse nir nirtorch). Failures are listed with their reason. Results
 are saved as they arrive, and the same command resumes an interrupted run.
 """
@@ -27,14 +27,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lab.command_line import (
+    AtLeastTwo,
+    OutputFolder,
+    PositiveInt,
     WrongUse,
+    Yaml,
     check_options,
     checked,
     describe_folder,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import AtLeastTwo, OutputFolder, PositiveInt, Yaml
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,6 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import math
 import shlex
 import sys
 
@@ -105,7 +107,7 @@ from lab.benchmarking.benchmarks import (
     chosen_instruction_set,
 )
 from lab.benchmarking.race import NOT_HERE, TOO_LONG, Race, refuse_unless_tests_pass, run_gpu_tests
-from lab.benchmarking.results import TESTS, Results, Row, caption, load, markdown, table
+from lab.benchmarking.results import TESTS, Results, Row, caption, draw, load, markdown, table
 from rich.console import Console
 from rich.table import Table
 
@@ -277,15 +279,6 @@ def save(results: Results, arguments: list[str]) -> None:
     lines = [head, "", *markdown(results.rows)]
     results.path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     draw(results.rows, results.path.with_suffix(".png"))
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """The chart of what has a figure."""
-    from lab.benchmarking.chart import plot_benchmark  # imports matplotlib
-
-    timed = [row for row in rows if not math.isnan(row.median)]
-    if timed:
-        plot_benchmark(timed, path)
 
 
 def redraw(folder: Path) -> None:

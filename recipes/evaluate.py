@@ -20,17 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lab.command_line import (
-    WrongUse,
-    changed,
-    check_options,
-    checked,
-    describe_folder,
-    parse_options,
-    plain,
-    run_recipe,
-    unused,
-)
-from lab.command_line.declared import (
     DatasetName,
     Decides,
     Idle,
@@ -41,7 +30,17 @@ from lab.command_line.declared import (
     OpenUnitInterval,
     OutputFolder,
     PositiveInt,
+    Radii,
     Radius,
+    WrongUse,
+    changed,
+    check_options,
+    checked,
+    describe_folder,
+    parse_options,
+    plain,
+    run_recipe,
+    unused,
 )
 from tyro.conf import Positional
 
@@ -132,8 +131,9 @@ class Options:
     - events: full evaluation on event frames.
     - stress: hardware faults, clean and attacked.
     - corruptions: common corruptions at five severities, clean and attacked."""
-    eps: Annotated[Radius | None, Often()] = None
-    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. For norm
+    eps: Annotated[Radii | None, Often()] = None
+    """Radius for images in [0, 1], such as 0.1 or 8/255; None: that of the checkpoint. Several, as
+    in 2/255,4/255,8/255: accuracy over eps has them, and the suite runs at the largest. For norm
     L0, the number of changed elements per sample; for norm moves, the number of moved events."""
     norm: Annotated[Literal["Linf", "L2", "L0", "moves"] | None, Often()] = None
     """Norm of the perturbation; None: Linf; for event data, L0, or moves if the network was
@@ -225,18 +225,17 @@ from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.console import working
 from sj_robust.core.datasets import EVENT_DATASETS
-from sj_robust.core.eps import parse_eps
+from sj_robust.core.eps import parse_eps, parse_radii
 from sj_robust.core.folders import read_text
 from sj_robust.data import load_images
 from sj_robust.evaluation import Report, compare_reports
-from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.assess import assess, stress_network
 from sj_robust.evaluation.report.pictures import gallery_of
 from sj_robust.evaluation.report.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
-from sj_robust.evaluation.run.suites import check_rounds, check_suite
-from sj_robust.evaluation.stressing import stress_network
+from sj_robust.evaluation.run.suites import check_radius, check_rounds, check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 
 
@@ -272,6 +271,7 @@ class Settled:
         suite: Name of the suite.
         dataset: Name of the data set.
         threat: What the adversary may change.
+        radii: Radii of accuracy over eps; none where one is asked for.
         counts: Whether frames of events hold numbers of events.
         T: Frames per sample of event data; None for images.
     """
@@ -280,6 +280,7 @@ class Settled:
     suite: str
     dataset: str
     threat: ThreatModel
+    radii: tuple[float, ...]
     counts: bool
     T: int | None
 
@@ -297,20 +298,26 @@ class Settled:
         complete = replace(options, suite=suite, norm=norm)
         shift = options.largest_shift
         if shift is None and norm == "moves":
-            shift = inherited_shift(subject)
+            shift = subject.options.get("largest_shift")  # that of the training
         counts = counts_of(options, subject, events=events)
+        *smaller, largest = radii_of(options, norm, subject)
         threat = ThreatModel(
             norm,
-            radius(options, norm, subject),
+            largest,
             largest_shift=shift,
             total_shift=options.total_shift,
             counts=counts if norm in ("L0", "moves") else bool(options.counts),
         )
+        for eps in (*smaller, largest):
+            check_radius(replace(threat, eps=eps))
+        if smaller and is_without_suite(complete):
+            raise ValueError(f"eps must be one radius for this suite, got {options.eps}; give one")
         if not is_without_suite(complete):
             check_suite(suite, threat)  # type: ignore[arg-type]  # those of a stress test are out
         check_rounds(suite, options.rounds)
         T = getattr(subject.model, "T", None) if events else None
-        return cls(complete, suite, dataset, threat, counts, T)
+        radii = (*smaller, largest) if smaller else ()
+        return cls(complete, suite, dataset, threat, radii, counts, T)
 
 
 def evaluate_network(options: Options, arguments: list[str]) -> None:
@@ -370,6 +377,7 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
             proofs=options.proofs,
             control=options.control,
             rounds=options.rounds,
+            radii=settled.radii,
             folder=folder / "progress",
             configuration=configuration,
             watch=Watch(display.say, display.on_step),
@@ -384,15 +392,7 @@ def make_report(subject: Subject, data: Data, request: Request, options: Options
     """The report of the kind of evaluation that the options ask for."""
     if options.smooth is not None:
         return bracket_of_the_vote(
-            subject,
-            data,
-            request.threat.eps / 2,
-            n=options.smooth_draws,
-            alpha=options.smooth_alpha,
-            seed=request.seed,
-            say=request.watch.say,
-            dataset=request.dataset,
-            configuration=dict(request.configuration),
+            subject, data, request, n=options.smooth_draws, alpha=options.smooth_alpha
         )
     measure = stress_network if is_stress_test(options) else assess
     return measure(subject, data, request)
@@ -504,15 +504,8 @@ def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
     return options.counts
 
 
-def inherited_shift(subject: Subject) -> int | None:
-    """Largest shift of the training, or None where frames are so few that it allows any shift."""
-    found: int | None = subject.options.get("largest_shift")
-    T = getattr(subject.model, "T", None)
-    return None if found is None or (T is not None and found >= T) else found
-
-
-def radius(options: Options, norm: str, subject: Subject) -> float:
-    """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
+def radii_of(options: Options, norm: str, subject: Subject) -> list[float]:
+    """Radii, that of the threat last: those asked for, or that of the checkpoint's evaluation."""
     if options.smooth is not None:
         beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
         if parse_eps(options.smooth) <= 0 or any(beside) or options.rounds > 1:
@@ -520,12 +513,12 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
                 "--smooth needs SIGMA > 0 and attacks the vote on images in L2, in one run: omit "
                 "--eps, --norm, --suite, --transfer, --resume and --rounds"
             )
-        return 2 * parse_eps(options.smooth)
+        return [2 * parse_eps(options.smooth)]
     trained = subject.options
     of_events = {"L0": "flips", "moves": "moves"}.get(norm, "")
     if options.eps is None and trained.get(of_events):
-        return float(trained[of_events])
-    eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
+        return [float(trained[of_events])]
+    eps = options.eps or trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
         raise ValueError(
             f"eps is the number of changed or moved events per sample for {norm}: give it, as in "
@@ -537,13 +530,7 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
         raise ValueError(
             f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5"
         )
-    if parse_eps(eps) <= 0:
-        raise ValueError(f"eps must be > 0 to attack at all, got {eps}")
-    if norm == "Linf" and parse_eps(eps) > 1:
-        raise ValueError(
-            f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8"
-        )
-    return parse_eps(eps)
+    return parse_radii(eps)
 
 
 def stem(options: Options) -> str:

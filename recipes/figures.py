@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lab.command_line import (
+    DatasetName,
+    NonNegativeInt,
+    OutputFolder,
+    PositiveInt,
+    Radius,
     WrongUse,
     check_options,
     checked,
     describe_folder,
     read_options,
     run_recipe,
-)
-from lab.command_line.declared import (
-    DatasetName,
-    NonNegativeInt,
-    OutputFolder,
-    PositiveInt,
-    Radius,
 )
 from tyro.conf import Positional
 

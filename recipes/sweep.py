@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lab.command_line import (
+    NamesCode,
+    OutputFolder,
+    PositiveInt,
+    Yaml,
+    YamlDict,
     check_code,
     check_options,
     checked,
@@ -30,7 +35,6 @@ from lab.command_line import (
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import NamesCode, OutputFolder, PositiveInt, Yaml, YamlDict
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
@@ -110,14 +114,6 @@ if __name__ == "__main__":
     )  # ends here if they are wrong: what follows imports torch
 
 import yaml
-from lab.sweeping.grid import (
-    check_suite_is_run,
-    expand,
-    names_in,
-    read_cells,
-    read_evaluations,
-    seeds_of,
-)
 from lab.sweeping.perform import LOG_FILE, executor_for, perform_all
 from lab.sweeping.report import Results, write_report
 from lab.sweeping.runs import (
@@ -125,8 +121,14 @@ from lab.sweeping.runs import (
     Planner,
     Skip,
     Trial,
+    check_suite_is_run,
     compared,
+    expand,
     load_recipe,
+    names_in,
+    read_cells,
+    read_evaluations,
+    seeds_of,
     trials_csv,
 )
 from rich.console import Console

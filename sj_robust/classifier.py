@@ -33,13 +33,12 @@ from sj_robust.core.environment import device_of
 from sj_robust.core.host import (
     EVAL_MODE_HAS_NO_GRADIENT,
     base,
-    from_reset,
     functional,
     is_neuron,
     neuron,
     step_mode,
 )
-from sj_robust.core.preserved import one_thread_at_a_time, preserved
+from sj_robust.core.preserved import from_reset, one_thread_at_a_time, preserved
 from sj_robust.neuron import DLIFNode, replace_neurons
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lab.command_line import read_options
-from lab.command_line.declared import Decides, Idle, Radius
+from lab.command_line import Decides, Idle, Radius
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row
@@ -88,7 +88,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lab.command_line import read_options
-from lab.command_line.declared import Decides
+from lab.command_line import Decides
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.result import Row

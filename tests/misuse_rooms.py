@@ -16,6 +16,7 @@ from torchvision.transforms import ToPILImage
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
+from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
 from sj_robust.data.stored import contents
@@ -148,7 +149,9 @@ def penalised(penalty, net=None):
 
 
 def flips(**changes):
-    return certified(certified_options=CertifiedOptions(norm="L0", **changes))
+    return certified(
+        certified_eps=ThreatModel("L0", 3), certified_options=CertifiedOptions(**changes)
+    )
 
 
 def unattacked(**changes):
@@ -201,7 +204,6 @@ perturbation = partial(simplified_perturbation, x_seq=SEQ, x_seq_perturbed=SEQ, 
 potential = partial(membrane_potential, SEQ, decay=0.5)
 plan = partial(TrainingPlan, epochs=1)
 retraction = partial(retract_, nn.Linear(2, 2))
-frames = partial(CertifiedOptions, norm="moves")
 digits = partial(load_images, "digits")
 saccades = partial(load_images, "saccade:digits")
 batches = partial(ShuffledBatches, 23, seed=0)
@@ -350,7 +352,6 @@ MISUSE = [
         {"milestones": (0.5, 1.0)},
         {"optimizer": "lion"},
         {"verified_method": "mip"},
-        {"verified_norm": "L2"},
         {"select": "verified"},
     ),
     *rows(
@@ -365,21 +366,21 @@ MISUSE = [
         {"certified_eps": 0.1},
     ),
     Misuse(objective, {"layers": ["nowhere"]}, name="nowhere"),
-    *rows(certified, {"certified_eps": -0.1}, {"certified_eps": NAN}, {"certified_eps": None}),
+    Misuse(certified, {"certified_eps": None}),
     Misuse(certified, {"loss": "paper"}, name="certified_eps"),
+    *(
+        Misuse(certified, {"certified_eps": eps}, name="eps")
+        for eps in (-0.1, 8, NAN, ThreatModel("L2", 0.5))
+    ),
     *rows(unattacked, {"box": 0.5}, {"attacked": True}),
     *rows(flips, {"box": 0.5}, {"attacked": True}),
     *rows(
         CertifiedOptions,
         {"surrogate_width": 0.0},
-        {"norm": "L2"},
         {"ramp": 0.96},
         {"box": 0.0},
         {"bounds": "crown"},
-        {"counts": True},
     ),
-    *rows(frames, {"largest_shift": 0}, {"box": 0.5}, {"largest_shift": 1, "norm": "L0"}),
-    Misuse(certified, {"certified_eps": -1, "certified_options": CertifiedOptions(norm="L0")}),
     *rows(attack, {"mode": "free"}, {"steps": 7, "mode": "at"}, {"steps": 1, "mode": "gaussian"}),
     Misuse(attack, {"project": False, "mode": "pgd_at"}),
     *rows(crafted, {"noise_std": 0.0}, {"step_size": 0.0}, {"steps": 0}, {"eps": 8}),
@@ -457,7 +458,6 @@ MISUSE = [
     *rows(
         dlif,
         {"T": 0},
-        {"T": 2.0},
         {"tau": 0.99},
         {"tau": 1.0},
         {"tau": NAN},
@@ -469,6 +469,7 @@ MISUSE = [
     ),
     *rows(
         dlif,
+        {"T": 2.0},
         {"tau": [2.0]},
         {"tau": True},
         {"v_threshold": "1"},
@@ -524,7 +525,8 @@ MISUSE = [
             (X[None], "s", "frame"),
         )
     ),
-    *rows(partial(set_time_steps, linear()), {"T": 0}, {"T": 2.0}, {"T": True}),
+    *rows(partial(set_time_steps, linear()), {"T": 0}),
+    *rows(partial(set_time_steps, linear()), {"T": 2.0}, {"T": True}, error=TypeError),
     *rows(connected, {"widths": ()}, {"widths": (4, 0)}),
     Misuse(chain, {"features": ["A", 4]}, name="begin"),
     Misuse(chain, {"features": [4, "S"]}, name="stride"),

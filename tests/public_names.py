@@ -21,8 +21,8 @@ PUBLIC = {
         "Augmentation CIFAR_STATISTICS ImageSplits ShuffledBatches image_loader load_images"
     ),
     "sj_robust.defences": (
-        "EvolvingLeakNode FrequencyEncoder HomeostaticNode NoisyLIFNode OrthogonalEncoder "
-        "SmoothingEncoder StochasticGate SurrogateOverlap deflate_"
+        "ClippedReLU EvolvingLeakNode FrequencyEncoder HomeostaticNode NoisyLIFNode "
+        "OrthogonalEncoder SmoothingEncoder StochasticGate SurrogateOverlap deflate_"
     ),
     "sj_robust.doctor": "report",
     "sj_robust.evaluation": (
@@ -49,8 +49,8 @@ PUBLIC = {
     "sj_robust.training": (
         "CertifiedOptions ForwardPasses GradientSparsity Journal MODES NonFiniteLossError "
         "Objective Penalty StabilityGain TemporalOrthogonality ThresholdGuarding "
-        "TrainingInterrupted TrainingPlan WeightMagnitude finetune flip_attacks load_checkpoint "
-        "retract_ save_checkpoint train training_attack validation_attacks"
+        "TrainingInterrupted TrainingPlan WeightMagnitude convert event_attacks finetune "
+        "load_checkpoint retract_ save_checkpoint train training_attack validation_attacks"
     ),
 }
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
+from sj_robust.attacks import ThreatModel
 from sj_robust.core.host import layer, neuron
 from sj_robust.evaluation import Corruption, Fault, own_network, stress
 from sj_robust.proofs import smooth
@@ -162,16 +163,13 @@ WRONG = [
         (*CARDS, verify), "eps", 4, 8.0, "8", "8/x", "", "1/0", None, True, Odd(), -0.1, NAN, INF
     ),
     *each((stress, verify), "eps", (0.1, 0.2), torch.tensor([0.1, 0.2])),
-    *each((evaluate,), "eps", (), (0.1, "x"), (0.1, 8), (0, 0.1)),
+    *each((verify,), "eps", ThreatModel("L2", 0.1)),
+    *each((evaluate,), "eps", (), (0.1, "x"), (0.1, 8), (0, 0.1), (0.1, ThreatModel("L2", 0.2))),
     *each(CARDS, "eps", 0, "0/255"),
-    # the norm and its budgets
-    *each(CARDS, "norm", "linf", "Linff", "l3", 2, ""),
-    *each(CARDS, "largest_shift", 2),
-    *each(CARDS, "total_shift", 2),
     # the suite
     *each((evaluate,), "suite", "", "standrad", "Standard", "corruptions", 3, ["fast"], "events"),
-    *each((evaluate,), "suite", "standard", norm="L0", eps=3),
-    Wrong((evaluate,), {"norm": "L2", "suite": "paper"}, "L2"),
+    *each((evaluate,), "suite", "standard", eps=ThreatModel("L0", 3)),
+    Wrong((evaluate,), {"eps": ThreatModel("L2", 0.1), "suite": "paper"}, "L2"),
     *each((stress,), "suite", "stres", "standard", None),
     *each((stress,), "suite", "stres", "standard", None, faults=[Fault("weight_bits", 4)]),
     # faults
@@ -214,7 +212,6 @@ WRONG = [
     # event frames
     *each(CARDS, "x", 0.7 * frames(4), frames(4).int(), frames() / 2, eps=3),
     *each(CARDS, "eps", 0.1, x=frames()),
-    *each(CARDS, "total_shift", 0, x=frames(), norm="moves", eps=3),
     *each((evaluate,), "suite", "fast", x=frames(), eps=3),
     # labels
     *each((*CARDS, verify), "y", Y.float(), Y.int(), Y.tolist(), Y.numpy(), Y[:3], Y - 1),
@@ -336,7 +333,7 @@ def test_every_form_of_mean_and_std_is_the_same_plain_data(monkeypatch):
         torch.tensor(0.123456): 0.123456,
         torch.tensor(0.1, dtype=torch.float64): 0.1,
     }.items():
-        assert verify(Counted().parts.eval(), **RIGHT[verify] | {"eps": eps}).eps == plain
+        assert verify(Counted().parts.eval(), **RIGHT[verify] | {"eps": eps}).threat.eps == plain
 
 
 def test_right_arguments_of_both_cards_reach_the_work():

@@ -88,7 +88,7 @@ QUESTIONS = {
     "joint": lambda model, x, y: torch.tensor(verify(model, x, y, 0.01, method="joint").verified),
     "no_flip_radius": lambda model, x, y: no_flip_radius(model, x),
     "spike_search": lambda model, x, y: spike_search(
-        model, x, y, eps=0.1, norm="Linf", forwards=30, generator=torch.Generator().manual_seed(0)
+        model, x, y, eps=0.1, forwards=30, generator=torch.Generator().manual_seed(0)
     ),
     "firing": lambda model, x, y: torch.tensor([found.rate for found in firing(model, x)]),
     "faults": drifted,

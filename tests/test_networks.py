@@ -11,7 +11,7 @@ from spikingjelly.activation_based import functional
 from unchanged import unchanged
 
 from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
-from sj_robust.attacks import flip_events, pgd
+from sj_robust.attacks import ThreatModel, flip_events, pgd
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.training import Objective
 
@@ -50,7 +50,7 @@ def logits(row, model, x, y):
 def attack(row, model, x, y):
     with unchanged(model, hooked=(model.net,), states=False):
         if row.frames:
-            x_adv = flip_events(model, x, y, flips=2, steps=2, queries=2, probes=1)
+            x_adv = flip_events(model, x, y, eps=2, steps=2, queries=2, probes=1)
             assert (x_adv != x).flatten(1).sum(1).max() <= 2
         else:
             x_adv = pgd(model, x, y, eps=EPS, steps=2)
@@ -79,7 +79,7 @@ def certified(row, model, x, y):
 def proved(row, model, x, y):
     eps, norm = (1, "L0") if row.frames else (1e-4, "Linf")
     with unchanged(model, hooked=(model.net,), states=False):
-        found = verify(model, x, y, eps, norm=norm, method="ibp")
+        found = verify(model, x, y, ThreatModel(norm, eps), method="ibp")
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3))
     moved = x if row.frames else (x + eps * (2 * noise - 1)).clamp(0, 1)
     kept = model(moved).argmax(1) == y

@@ -310,7 +310,7 @@ ATTACKS = {
 
 NEURONS = {
     "The decay is given as tau": Answer("ValueError", "tau must", lambda: DLIFNode(T=T, tau=0.99)),
-    "tau comes first, as in LIFNode": Answer("ValueError", "T must", lambda: DLIFNode(2.0)),
+    "tau comes first, as in LIFNode": Answer("TypeError", "T must", lambda: DLIFNode(2.0)),
     "A surrogate class is given instead of an instance": Answer(
         "TypeError",
         "surrogate_function must",

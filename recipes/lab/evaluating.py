@@ -2,18 +2,17 @@
 vote of a smoothed classifier.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lab.command_line.read import WrongUse
+from lab.command_line import WrongUse
 from sj_robust.data import image_loader
 from sj_robust.evaluation import Report, smoothed_bracket
+from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs import smooth
@@ -48,22 +47,15 @@ def _report_in(path: Path) -> Path:
 
 
 def bracket_of_the_vote(
-    subject: Subject,
-    batches: Batches,
-    sigma: float,
-    *,
-    n: int,
-    alpha: float,
-    seed: int,
-    say: Callable[[str], None],
-    dataset: str,
-    configuration: dict[str, Any],
+    subject: Subject, batches: Batches, request: Request, *, n: int, alpha: float
 ) -> Report:
-    """Certify and attack the smoothed classifier on all images, at radii up to 2 sigma."""
-    model = subject.model
+    """Certify and attack the smoothed classifier on all images, at radii up to that of the threat,
+    which is 2 sigma.
+    """
+    model, say, sigma = subject.model, request.watch.say, request.threat.eps / 2
     device = next(model.parameters()).device
     x, y = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(request.seed)
     say(f"{len(y)} votes of {n} draws with sigma {sigma:g}")
     votes = smooth(model, x, sigma, n=n, alpha=alpha, generator=noise)
     say("PGD on the vote")
@@ -73,9 +65,9 @@ def bracket_of_the_vote(
         y,
         votes,
         [sigma * half / 2 for half in range(5)],
-        seed=seed,
+        seed=request.seed,
         name=subject.name,
-        dataset=dataset,
-        configuration=configuration,
+        dataset=request.dataset,
+        configuration=dict(request.configuration),
     )
     return replace(report, warnings=(*subject.remarks, *report.warnings))

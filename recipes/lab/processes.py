@@ -1,11 +1,14 @@
-"""The processes of a recipe: their device, and who goes first."""
+"""The processes of a recipe: their device, who goes first, and trackers, such as Weights & Biases,
+that every epoch is told to.
+"""
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +18,7 @@ from rich.console import Console
 from sj_robust.core.console import working
 from sj_robust.ops import keep_heap
 
-__all__ = ["first_process_first", "make_accelerator"]
+__all__ = ["first_process_first", "make_accelerator", "tracked"]
 
 
 def make_accelerator(
@@ -31,7 +34,7 @@ def make_accelerator(
     Args:
         device: ``"auto"`` takes a GPU if there is one.
         mixed_precision: Accelerate's precision.
-        trackers: Accelerate's trackers by name, see :func:`lab.tracking.tracked`.
+        trackers: Accelerate's trackers by name, see :func:`tracked`.
 
     Raises:
         ValueError: If the device does not have the precision.
@@ -81,3 +84,35 @@ def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
     with accelerator.main_process_first(), working(text, console):
         yield
+
+
+@contextmanager
+def tracked(
+    accelerator: Accelerator, folder: Path, name: str, configuration: Mapping[str, Any]
+) -> Iterator[None]:
+    """Within it ``accelerator.log`` goes to a run of its own in every tracker that the accelerator
+    was made with. 实验跟踪器。
+
+    Args:
+        accelerator: The processes, with ``log_with``.
+        folder: Folder of the run, where trackers that write files write.
+        name: Name of the network.
+        configuration: Options in plain data.
+
+    Examples:
+        >>> with tracked(Accelerator(cpu=True), Path("runs/mine"), "dlif_at", {"T": 4}):
+        ...     pass
+    """
+    if not accelerator.log_with:
+        yield
+        return
+    of_wandb = {"name": f"{folder.name}/{name}", "dir": str(folder)}
+    accelerator.init_trackers(
+        "sj_robust", config=dict(configuration), init_kwargs={"wandb": of_wandb}
+    )
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []  # the next network has a run of its own

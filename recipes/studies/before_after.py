@@ -65,8 +65,7 @@ def draw_images(panels: Any, shown: Any, names: list[str]) -> None:
         for row, (images, seen) in enumerate(rows):
             axes = panels[row, column]
             axes.imshow(images[number].permute(1, 2, 0).numpy(), interpolation="bicubic")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             axes.set_title(names[int(seen[number])], color=ORANGE if row else "black", fontsize=10)
             axes.grid(visible=False)
     panels[0, 0].set_ylabel("clean", fontsize=10)
@@ -94,9 +93,7 @@ def draw_brackets(axes: Axes) -> None:
     text = f"{claimed:.1f} %,\npaper's attacks"
     axes.annotate(text, (claimed, 0), (2, -25), textcoords="offset points", color=ORANGE)
     axes.set_yticks(range(len(REPORTS)), list(REPORTS), fontsize=10)
-    axes.set_ylim(1.5, -0.5)
-    axes.set_xlim(-2, 85)
-    axes.set_xlabel("accuracy on CIFAR-10, %")
+    axes.set(ylim=(1.5, -0.5), xlim=(-2, 85), xlabel="accuracy on CIFAR-10, %")
     axes.set_title(f"bars: robust accuracy at {EPS}", fontsize=10)
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import tyro
 import yaml
 from defences_tables import PAGE, tables
-from tables import RESULTS, ROOT, Row, groups, numbers, read_table, write_page, write_table
+from tables import RESULTS, ROOT, Row, groups, merged, numbers, read_table, write_page
 
 from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.evaluation import Report
 
-NETWORKS, TABLE = "networks.csv", "defences.csv"
+CELL = ("data", "radius", "cell")
 SEARCHES = Path(__file__).with_name("defences_fashion_mnist.yaml")
 """Says what is searched in each cell, also for sweeps that take the values from there."""
 FIGURES = {
@@ -47,24 +47,23 @@ class Options:
 def main(options: Options) -> None:
     """Read the sweeps, and draw."""
     folder = options.output / "defences"
-    names = ("data", "radius", "cell", "seed")
-    networks = {tuple(row[name] for name in names): row for row in read_table(folder / NETWORKS)}
+    found: list[Row] = []
     for sweep_folder in sorted(options.runs.glob("defences_*")):
         sweep = yaml.safe_load((sweep_folder / "sweep.yaml").read_text(encoding="utf-8"))
         for record in sorted(sweep_folder.glob("runs/*/run.json")):
-            for row in rows_of(record, sweep):
-                networks[tuple(row[name] for name in names)] = row
+            found += rows_of(record, sweep)
+    networks = merged(folder / "networks.csv", (*CELL, "seed"), found)
     if not networks:
         raise SystemExit(f"no network of defences_* is evaluated in {options.runs}; run a sweep")
-    write_table(list(networks.values()), folder / NETWORKS)
-    rows = {tuple(row[name] for name in names[:3]): row for row in read_table(folder / TABLE)}
-    costs = {}
-    for row in read_table(folder / "cost.csv"):
-        costs[row["cell"]] = f"{float(row['relative']):.2f}"
-    for key, found in groups(networks.values(), *names[:3]).items():
-        if key not in rows or int(rows[key]["seeds"]) <= len(found):
-            rows[key] = means(found) | {"cost": costs.get(key[2], "")}
-    write_table(list(rows.values()), folder / TABLE)
+    costs = {row["cell"]: row["relative"] for row in read_table(folder / "cost.csv")}
+    table = folder / "defences.csv"
+    known = {key: int(row["seeds"]) for key, (row,) in groups(read_table(table), *CELL).items()}
+    rows = []
+    for key, ours in groups(networks, *CELL).items():
+        if known.get(key, 0) <= len(ours):
+            cost = costs.get(key[2])
+            rows.append(means(ours) | {"cost": f"{float(cost):.2f}" if cost else ""})
+    merged(table, CELL, rows)
     write_page(options.output / PAGE, tables(options.output))
 
 
@@ -72,7 +71,7 @@ def means(networks: list[Row]) -> Row:
     """The row of networks that differ in their seeds: means and standard deviations in per cent."""
     if len({(row["images"], row["chosen"]) for row in networks}) > 1:
         raise ValueError(f"networks of {networks[0]['cell']} differ in images or options")
-    row = {name: networks[0][name] for name in ("data", "radius", "cell")}
+    row = {name: networks[0][name] for name in CELL}
     row["seeds"] = str(len(networks))
     for column in ("clean", "pgd", "control", "no_spike_search", "at_most"):
         values = [100 * value for value in numbers(networks, column)]

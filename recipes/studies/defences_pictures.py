@@ -3,22 +3,14 @@
 python recipes/studies/defences_pictures.py
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from defences_tables import attacked, by_threat, number, rank_correlation
 from matplotlib.figure import Figure
-from tables import RESULTS
+from tables import Options, panels
 
-from sj_robust.core.shown import COLOURS, GREY, new_figure, print_style, write_figure
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where the CSV files are."""
-
-    output: Path = RESULTS
+from sj_robust.core.shown import COLOURS, GREY, print_style, write_figure
 
 
 def main(options: Options) -> None:
@@ -33,10 +25,8 @@ def draw_brackets(folder: Path) -> None:
     leave without the search over spikes, the paper's PGD and clean accuracy.
     """
     threats = by_threat(folder)
-    tallest = max(map(len, threats.values()))
-    figure = new_figure(3.4 * len(threats), 0.8 + 0.24 * tallest)
-    panels = figure.subplots(1, len(threats), squeeze=False)[0]
-    for panel, (title, rows) in zip(panels, threats.items(), strict=True):
+    figure, places = panels(len(threats), 0.8 + 0.24 * max(map(len, threats.values())))
+    for panel, (title, rows) in zip(places, threats.items(), strict=True):
         ordered = sorted(rows, key=lambda row: number(row["at_most"]))
         for place, row in enumerate(ordered):
             low, high = number(row["proved"] or "0"), number(row["at_most"])
@@ -49,9 +39,7 @@ def draw_brackets(folder: Path) -> None:
             panel.plot(number(row["pgd"]), place, "o", ms=3, color=COLOURS[1], label="PGD-20")
             panel.plot(number(row["clean"]), place, "|", color=GREY, label="clean")
         panel.set_yticks(range(len(ordered)), [row["name"] for row in ordered])
-        panel.set_xlim(0, 100)
-        panel.set_xlabel("accuracy, %")
-        panel.set_title(", ".join(title))
+        panel.set(xlim=(0, 100), xlabel="accuracy, %", title=", ".join(title))
     finish(figure, folder / "defences" / "brackets.png")
 
 
@@ -59,17 +47,15 @@ def draw_brackets(folder: Path) -> None:
 def draw_mppd(folder: Path) -> None:
     """MS-MPPD under attack against robust accuracy, a point per defence."""
     threats = by_threat(folder)
-    figure = new_figure(3.4 * len(threats), 3.2)
-    panels = figure.subplots(1, len(threats), squeeze=False)[0]
-    for panel, (title, rows) in zip(panels, threats.items(), strict=True):
+    figure, places = panels(len(threats), 3.2)
+    for panel, (title, rows) in zip(places, threats.items(), strict=True):
         for row in rows:
             at = (number(row["ms_mppd"]), number(row["no_spike_search"]))
             mark, kind = ("o", "with AT") if attacked(row) else ("s", "without")
             panel.plot(*at, mark, color=COLOURS[attacked(row)], label=kind)
             panel.annotate(row["name"], at, (3, 3), textcoords="offset points", size=5)
-        panel.set_xscale("log")
         panel.margins(x=0.2)
-        panel.set_xlabel("MS-MPPD under PGD-20")
+        panel.set(xscale="log", xlabel="MS-MPPD under PGD-20")
         panel.set_ylabel("accuracy without spike search, %")
         panel.set_title(f"{', '.join(title)}: rank correlation {rank_correlation(rows)[0]:+.2f}")
     finish(figure, folder / "defences" / "ms_mppd.png")

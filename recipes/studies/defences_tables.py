@@ -5,12 +5,11 @@ python recipes/studies/defences_tables.py
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from scipy.stats import spearmanr
-from tables import RESULTS, Row, groups, read_table, write_page
+from tables import Options, Row, groups, read_table, write_page
 
 from sj_robust.core.saved import markdown_table
 
@@ -18,13 +17,6 @@ PAGE = "defences.md"
 DATA = {"fashion_mnist": "Fashion-MNIST", "cifar10_pictures": "CIFAR-10 (JPEG)"}
 STOCHASTIC = ("tgo", "stog", "rsc", "poisson")
 """Cells whose networks draw random numbers."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where the CSV files are."""
-
-    output: Path = RESULTS
 
 
 def main(options: Options) -> None:

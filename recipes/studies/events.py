@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
-from tables import RESULTS, Row, first_images, read_table, write_table
+from tables import RESULTS, Row, first_images, replace_rows
 from torch import Tensor, nn
 
 from sj_robust.attacks import (
@@ -68,24 +68,23 @@ def main(options: Options) -> None:
         counts=counts,
     )
     path = options.output / "events" / "attacks.csv"
-    rows: list[Row] = [row for row in read_table(path) if row["name"] != options.name]
+    rows: list[Row] = []
     for budget, number in samples.items():
         if not number:
             continue
         found = left_of(subject.model.eval(), x[:number], y[:number], budget, counts, options)
         for what, left in found:
-            row = {"name": options.name, "budget": budget, "what": what}
-            rows.append(row | {"samples": str(number), "left": str(int(left.sum()))})
+            row = {"budget": budget, "what": what, "samples": str(number)}
+            rows.append(row | {"left": str(int(left.sum()))})
             print(", ".join(rows[-1].values()), flush=True)
-    write_table(rows, path)
+    replace_rows(path, {"name": options.name}, rows)
 
 
-def attacks_of(budget: Budget, counts: bool, options: Options) -> dict[str, Attack]:
+def attacks_of(threat: ThreatModel, options: Options) -> dict[str, Attack]:
     """Attacks of equal budget: guided, by gradient alone, and random."""
-    if budget == "flips":
-        given: dict[str, Any] = {"flips": options.flips, "counts": counts}
-        guided = partial(flip_events, **given, reduce=False)
-        drawn = partial(random_flips, **given, tries=options.tries)
+    if threat.norm == "L0":
+        guided = partial(flip_events, eps=threat, reduce=False)
+        drawn = partial(random_flips, eps=threat, tries=options.tries)
         greedy = partial(guided, steps=options.flips, probes=0, queries=0)
         return {
             "flip_events": guided,
@@ -93,13 +92,12 @@ def attacks_of(budget: Budget, counts: bool, options: Options) -> dict[str, Atta
             f"random removals, best of {options.tries}": partial(drawn, allow="remove"),
             f"random flips, best of {options.tries}": drawn,
         }
-    given = {"moves": options.moves, "largest_shift": options.shift, "counts": counts}
-    guided = partial(move_events, **given, reduce=False)
+    guided = partial(move_events, eps=threat, reduce=False)
     return {
         "move_events": guided,
         "gradient alone": partial(guided, probes=0, queries=0),
         f"random moves, best of {options.tries}": partial(
-            random_moves, **given, tries=options.tries
+            random_moves, eps=threat, tries=options.tries
         ),
     }
 
@@ -117,20 +115,11 @@ def left_of(
     yield "clean", right
     verified = torch.zeros_like(right)
     for method in ("ibp", "joint") if options.proofs else ():
-        proofs = verify(
-            model,
-            x,
-            y,
-            threat.eps,
-            norm="L0" if budget == "flips" else "moves",
-            largest_shift=threat.largest_shift,
-            counts=counts,
-            method=method,
-        )
+        proofs = verify(model, x, y, threat, method=method)
         verified = torch.tensor(proofs.verified)
         yield f"proved, {method}", verified
     standing = right.clone()
-    for name, attack in attacks_of(budget, counts, options).items():
+    for name, attack in attacks_of(threat, options).items():
         x_adv = attack(model, x, y, generator=SampleSeeds(range(len(y))))
         left = right & (model(x_adv).argmax(1) == y)
         if bool((verified & ~left).any()) or not bool(threat.contains(x, x_adv).all()):

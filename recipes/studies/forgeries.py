@@ -6,8 +6,8 @@ stand. The attacks meet every image again once; each try then looks up what they
     python recipes/evaluate.py digits/dlif-at --test-limit 64 --eps 0.1 --output runs/1
     python recipes/evaluate.py digits/dlif-at --test-limit 64 --eps 0.1 --suite fast --output runs/2
     python recipes/evaluate.py digits/dlif-at --eps 0.1 --suite fast --output runs/3
-    python recipes/studies/forgeries.py runs/1/report.json runs/2/report.json \
-        runs/3/report.json --output docs/results/leaderboard/forgeries.csv
+    PYTHONPATH=recipes python recipes/studies/forgeries.py runs/1/report.json \
+        runs/2/report.json runs/3/report.json --output docs/results/leaderboard/forgeries.csv
 """
 
 import random

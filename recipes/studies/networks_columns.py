@@ -46,7 +46,7 @@ def labelled(model: nn.Module, row: Any) -> tuple[Tensor, Tensor]:
 def perturbed(x: Tensor, row: Any) -> Tensor:
     """Images close to x."""
     if row.frames:
-        return random_flips(nn.Flatten(), x, torch.zeros(len(x)).long(), flips=20)
+        return random_flips(nn.Flatten(), x, torch.zeros(len(x)).long(), eps=20)
     generator = torch.Generator().manual_seed(2)
     return (x + 0.1 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
@@ -58,7 +58,7 @@ def attacked(row: Any) -> str:
     threat = ThreatModel("L0", 2) if row.frames else ThreatModel("Linf", 0.03)
     attack = partial(pgd, eps=0.03, step_size=0.01, steps=2)
     if row.frames:
-        attack = partial(flip_events, flips=2)
+        attack = partial(flip_events, eps=2)
     worst_case(model, x, y, [Member("short", attack, threat=threat)], threat=threat)
     return YES
 
@@ -87,8 +87,8 @@ def proved(row: Any) -> str:
     """How many images intervals prove in a small ball."""
     model = classifier_of(row)
     x, y = labelled(model, row)
-    threat: dict[str, Any] = {"eps": 1, "norm": "L0"} if row.frames else {"eps": 0.001}
-    found = verify(model, x, y, method="ibp", **threat).verified
+    eps = ThreatModel("L0", 1) if row.frames else 0.001
+    found = verify(model, x, y, eps, method="ibp").verified
     return f"{sum(found)} of {len(found)}"
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from proved_tables import PAGE, RADII, draw, tables
-from tables import RESULTS, ROOT, Row, first_images, read_table, write_page, write_table
+from tables import RESULTS, ROOT, Row, first_images, once, replace_rows, write_page
 from torch import Tensor, nn
 
 from sj_robust import compare_potentials
@@ -50,20 +50,17 @@ def main(options: Options) -> None:
     """Prove and attack the networks that are missing, then write the page and the figure."""
     path = options.output / "proved" / "networks.csv"
     of_layers = path.with_name("layers.csv")
-    rows, layers = read_table(path), read_table(of_layers)
-    for network, dataset, root in networks(options):
-        mine = {"data": options.data, "network": network["network"]}
-        if any(mine.items() <= layer.items() for layer in layers):
-            continue
-        x, y = first_images(dataset, options.images or IMAGES[options.data], root=root)
-        model = from_checkpoint(network.pop("checkpoint")).model.eval()
-        found, measured = proved(model, x, y, RADII[options.data], MEASURED[options.data])
-        rows = [row for row in rows if not mine.items() <= row.items()]
-        rows += [mine | network | row for row in found]
-        layers += [mine | row for row in measured]
-        write_table(rows, path)
-        write_table(layers, of_layers)
-        print(network["network"], ", ".join(f"{row['eps']}: {row['proved']}" for row in found))
+    known = {found[0]["network"]: found for found in networks(options)}
+
+    def measured(data: str, network: str) -> list[Row]:
+        settings, dataset, root = known[network]
+        x, y = first_images(dataset, options.images or IMAGES[data], root=root)
+        model = from_checkpoint(settings.pop("checkpoint")).model.eval()
+        rows, layers = proved(model, x, y, RADII[data], MEASURED[data])
+        replace_rows(of_layers, {"data": data, "network": network}, layers)
+        return [settings | row for row in rows]
+
+    once(path, ({"data": options.data, "network": name} for name in known), measured)
     draw(options.data, options.output)
     write_page(options.output / PAGE, tables(options.output))
 
@@ -108,8 +105,8 @@ def proved(
     for eps in radii:
         began = time.process_time()
         threat = ThreatModel("Linf", parse_eps(eps))
-        bounds = verify(model, x, y, threat.eps)
-        intervals = torch.tensor(verify(model, x, y, threat.eps, method="ibp").verified)
+        bounds = verify(model, x, y, threat)
+        intervals = torch.tensor(verify(model, x, y, threat, method="ibp").verified)
         right, safe = torch.tensor(bounds.correct), torch.tensor(bounds.verified)
         fallen |= ~right
         standing = (~safe & ~fallen).nonzero().squeeze(1)
@@ -135,7 +132,9 @@ def layers_at(model: nn.Module, x: Tensor, y: Tensor, bounds: Any) -> list[Row]:
     neurons and steps.
     """
     seeds = SampleSeeds(range(len(y)))
-    x_adv = pgd(model, x, y, eps=bounds.eps, step_size=bounds.eps / 8, steps=20, generator=seeds)
+    x_adv = pgd(
+        model, x, y, eps=bounds.threat, step_size=bounds.threat.eps / 8, steps=20, generator=seeds
+    )
     moved = compare_potentials(model, x, x_adv)
     rows = []
     for layer in bounds.layers:

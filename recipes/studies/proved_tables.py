@@ -4,14 +4,13 @@ python recipes/studies/proved_tables.py
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import tyro
 from matplotlib.axes import Axes
 from scipy.stats import spearmanr
-from tables import RESULTS, Row, groups, numbers, read_table, with_spread, write_page
+from tables import Options, Row, groups, numbers, read_table, with_spread, write_page
 
 from sj_robust.core.eps import parse_eps
 from sj_robust.core.saved import markdown_table
@@ -25,13 +24,6 @@ SHOWN = {name: radii[2:] for name, radii in RADII.items()} | {"cifar10": RADII["
 """Radii in the table of the page; figure and CSV file have all."""
 WEIGHTS = ("without", "1, last, l2", "3, last, l2")
 """Weights of MS-MPPD in the tables of the page."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where the CSV files are."""
-
-    output: Path = RESULTS
 
 
 def main(options: Options) -> None:

@@ -9,11 +9,10 @@ not found to have them; networks of this repository begin with "here".
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tables import RESULTS, Row, groups, read_table, write_page
+from tables import Options, Row, groups, read_table, write_page
 
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import COLOURS, new_figure, write_figure
@@ -27,13 +26,6 @@ LINKS = {
     r"(certified/|\.\./concepts/|^)([\w.-]+\.(csv|md|txt))$": r"[\2](\1\2)",
 }
 """Sources as the CSV file has them, and as links."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where the CSV file is."""
-
-    output: Path = RESULTS
 
 
 def main(options: Options) -> None:
@@ -101,8 +93,7 @@ def draw(rows: list[Row], folder: Path) -> None:
     published["spiking, published, not proved: under attack"] = "v"
     for label, marker in published.items():
         axes.plot([], [], marker, color="#767676", markerfacecolor="none", label=label)
-    axes.set_xlabel("clean accuracy, %")
-    axes.set_ylabel("proved, %")
+    axes.set(xlabel="clean accuracy, %", ylabel="proved, %")
     axes.legend(fontsize=6, loc="upper left")
     write_figure(figure, folder / "record.png")
 

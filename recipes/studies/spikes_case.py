@@ -99,8 +99,7 @@ def draw(rows: list[Row], picture: Path) -> None:
     ends = (-0.45, 0.45)
     axes.fill_between(ends, shares[0], sum(shares), color="black", alpha=0.35, label="exact")
     axes.set_xticks([0], [f"Linf {EPS:g}"])
-    axes.set_ylim(75, 92)
-    axes.set_ylabel("robust accuracy, %")
+    axes.set(ylim=(75, 92), ylabel="robust accuracy, %")
     axes.legend(fontsize=7, ncols=3, loc="upper center")
     write_figure(figure, picture)
 

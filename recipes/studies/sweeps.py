@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tables import RESULTS, Row, read_table, write_table
+from tables import RESULTS, Row, read_table, replace_rows
 
 FIGURES = ("figure", "mean", "standard_deviation", "seeds", "published", "source")
 DIFFERENCES = ("first", "second", "figure", "difference", "standard_error", "low", "high", "pairs")
@@ -30,25 +30,19 @@ class Options:
 def main(options: Options) -> None:
     """Replace the rows of the sweep in both tables."""
     found = read_table(options.folder / "results.csv")
-    replace(options, "sweeps.csv", [kept(row, FIGURES) for row in found])
+    key = {"study": options.study}
+    replace_rows(options.output / "sweeps.csv", key, [kept(row, FIGURES) for row in found])
     differences = []
     for path in sorted(options.folder.glob("contrast-*.csv")):
         option = path.stem.removeprefix("contrast-")
         differences += [{"of": option} | kept(row, DIFFERENCES) for row in read_table(path)]
-    replace(options, "contrasts.csv", differences)
+    replace_rows(options.output / "contrasts.csv", key, differences)
 
 
 def kept(row: Row, columns: Sequence[str]) -> Row:
     """The options of a row in one cell, such as neuron=lif, rho=1; and its figures."""
     options = [f"{name}={value}" for name, value in row.items() if name not in columns]
     return {"cell": ", ".join(options)} | {name: row[name] for name in columns}
-
-
-def replace(options: Options, name: str, rows: Sequence[Row]) -> None:
-    """Write a table with these rows for the sweep, in the place of those that it had."""
-    path = options.output / name
-    others = [row for row in read_table(path) if row["study"] != options.study]
-    write_table([*others, *({"study": options.study} | row for row in rows)], path)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,20 @@ import csv
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sj_robust.core.saved import csv_text, write_whole
+from sj_robust.core.shown import new_figure
 from sj_robust.data import image_loader, load_images
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -33,6 +39,20 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_whole(path, csv_text(list(rows[0]), rows))
 
 
+def replace_rows(path: Path, key: Row, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, which get the columns of a key, in the place of those that have its texts."""
+    others = [row for row in read_table(path) if not key.items() <= row.items()]
+    write_table([*others, *(key | dict(row) for row in rows)], path)
+
+
+def merged(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> list[Row]:
+    """Write rows into a table, in the place of those with equal texts in some columns."""
+    found = {tuple(row[name] for name in columns): row for row in [*read_table(path), *rows]}
+    if found:
+        write_table(list(found.values()), path)
+    return list(found.values())
+
+
 def once(
     path: Path,
     grid: Iterable[Mapping[str, Any]],
@@ -52,6 +72,13 @@ def once(
             print(", ".join(rows[-1].values()), flush=True)
         write_table(rows, path)
     return rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a study that reads the CSV files of the pages alone."""
+
+    output: Path = RESULTS
 
 
 def groups(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
@@ -93,6 +120,12 @@ def write_page(page: Path, tables: Mapping[str, str]) -> None:
         print("\n\n".join(tables.values()))
         return
     write_whole(page, with_tables(page.read_text(encoding="utf-8"), tables))
+
+
+def panels(count: int, height: float) -> tuple["Figure", list["Axes"]]:
+    """A figure with panels side by side."""
+    figure = new_figure(3.4 * count, height)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def first_images(dataset: str, count: int, **options: Any) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ only describes what it adds:
   mode back, also after an exception; any other callable is called as it is.
 - ``x``: Images [N, ...] in [0, 1], floating point.
 - ``y``: Labels [N] int64.
-- ``eps``: Radius in units of [0, 1] images, such as ``8 / 255`` or ``"8/255"``, in Linf unless
-  there is a ``norm``; never exceeded, as ``ThreatModel.project`` says.
-- ``norm``: ``"Linf"``, or ``"L2"`` over all elements of an image.
+- ``eps``: What may be changed: a Linf radius in units of [0, 1] images, such as ``8 / 255`` or
+  ``"8/255"``, or a ``ThreatModel``, such as ``ThreatModel("L2", 0.5)``; for event frames, where a
+  number is one of events, ``ThreatModel("L0", 5, counts=True)`` or ``ThreatModel("moves", 5,
+  largest_shift=2)``. It is never exceeded, as ``ThreatModel.project`` says.
 - ``steps``: Number of gradient steps of a run, >= 1.
 - ``restarts``: Number of runs from different random starts, >= 1.
 - ``eot_samples``: Forwards averaged at every point (expectation over transformation), for
@@ -42,9 +43,9 @@ from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.spike_search import spike_search
 from sj_robust.attacks.square import square
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.attacks.timing import count_moves, move_events, random_moves
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 
 __all__ = [
     "Attack",

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.call import Best, Objective, lowest_loss
-from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.threat import ThreatModel, random_point
 from sj_robust.core.randomness import Private
+from sj_robust.core.threat import ThreatModel, per_sample, random_point
 
 
 class Ascent:
@@ -24,7 +23,7 @@ class Ascent:
         self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
     ) -> None:
         self.ball = ball
-        self.norm = ball.ball
+        self.norm = ball.norm
         self.steps = steps
         self.checkpoints = checkpoints(steps)
         self.rows = rows

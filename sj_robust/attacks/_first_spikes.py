@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.projection import wide
+from sj_robust.attacks.call import wide
 from sj_robust.core.broadcast import along
 from sj_robust.core.host import first_argument, functional, is_neuron
 from sj_robust.core.preserved import preserved

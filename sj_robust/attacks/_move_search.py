@@ -17,8 +17,8 @@ from sj_robust.attacks._event_search import (
     uniform,
     uniform_by_plane,
 )
-from sj_robust.attacks.threat import moves_of
 from sj_robust.core.randomness import Private
+from sj_robust.core.threat import moves_of
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._moves import FLIPS, Moves, Place
+from sj_robust.attacks.call import wide
 from sj_robust.attacks.logits import leads
-from sj_robust.attacks.projection import linf_bounds, wide
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import logits_of
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
+from sj_robust.core.threat import ThreatModel, linf_bounds
 
 __all__ = ["STAGES", "Plan", "SpikeSearch", "Stage"]
 

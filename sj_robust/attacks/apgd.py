@@ -16,11 +16,11 @@ from sj_robust.attacks.call import (
     Randomness,
     checked_copies,
     crafting,
+    direction,
 )
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
-from sj_robust.attacks.projection import Norm, direction, per_sample
-from sj_robust.attacks.threat import ball_threat
 from sj_robust.core.checks import check_counts
+from sj_robust.core.threat import Threat, as_threat, per_sample
 
 __all__ = ["apgd"]
 
@@ -39,8 +39,7 @@ def apgd(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
-    norm: Norm = "Linf",
+    eps: Threat,
     loss: LossName | Loss = "ce",
     steps: int = 100,
     restarts: int = 1,
@@ -108,7 +107,7 @@ def apgd(
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
     """
-    ball = ball_threat(norm, eps)
+    ball = as_threat(eps, "Linf", "L2")
     check_counts(
         steps=steps, restarts=restarts, target_classes=target_classes, eot_samples=eot_samples
     )

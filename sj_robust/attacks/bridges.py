@@ -12,12 +12,11 @@ from torch import Tensor
 from sj_robust.attacks.apgd import LEAST_CLASSES
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, isolated
 from sj_robust.attacks.logits import clean_logits
-from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.square import check_square
-from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
 from sj_robust.core.checks import check_choice, check_model
 from sj_robust.core.extras import check_extra
 from sj_robust.core.randomness import draw_seed
+from sj_robust.core.threat import Threat, ThreatModel, as_threat, rounding
 
 __all__ = ["autoattack", "external", "transfer"]
 
@@ -34,8 +33,7 @@ def autoattack(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
-    norm: Norm = "Linf",
+    eps: Threat,
     version: Version = "standard",
     attacks: Sequence[Part] | None = None,
     generator: Randomness = None,
@@ -82,7 +80,7 @@ def autoattack(
     check_extra("autoattack")
     from pyautoattack import AutoAttack
 
-    ball = ball_threat(norm, eps)
+    ball = as_threat(eps, "Linf", "L2")
     check_choice("version", version, get_args(Version))
     for name in attacks or ():
         check_choice("attacks", name, get_args(Part))
@@ -93,7 +91,7 @@ def autoattack(
         return model(images.to(x.dtype)).float()
 
     library = AutoAttack(
-        of_its_dtype, norm=norm, eps=ball.eps, version=version, device=x.device, seed=0
+        of_its_dtype, norm=ball.norm, eps=ball.eps, version=version, device=x.device, seed=0
     )
     if attacks is not None:
         library.attacks_to_run = list(attacks)
@@ -128,9 +126,7 @@ def _fit_to_classes(library: Any, classes: int) -> None:
     library.fab.n_target_classes = min(_TARGETS, classes - 1)
 
 
-def external(
-    attack: Callable[[Tensor, Tensor], Tensor], *, eps: float | str, norm: Norm = "Linf"
-) -> Attack:
+def external(attack: Callable[[Tensor, Tensor], Tensor], *, eps: Threat) -> Attack:
     """Turn an attack of another package, called as ``attack(x, y)``, into one of this package.
 
     其他工具包的攻击。
@@ -143,8 +139,7 @@ def external(
         attack: A torchattacks object, a lambda around an attack of Foolbox, or any function of
             images and labels. It attacks the model that it was built for, whichever model is
             passed.
-        eps: The radius that it was built with, in units of [0, 1] images.
-        norm: ``"Linf"`` or ``"L2"``.
+        eps: What it was built with, a Linf radius or ``ThreatModel("L2", ...)``.
 
     Returns:
         ``attack(model, x, y, *, generator=None)``. ``generator`` seeds all of its randomness: with
@@ -154,7 +149,7 @@ def external(
 
     Raises:
         TypeError: If ``attack`` cannot be called.
-        ValueError: If ``eps`` or ``norm`` do not fit.
+        ValueError: If ``eps`` does not fit.
 
     Source: the interface of torchattacks (Kim, 2020).
 
@@ -170,7 +165,7 @@ def external(
             f"attack must be called as attack(x, y), got {type(attack).__name__}; wrap it in a "
             "function"
         )
-    return _External(attack, ball_threat(norm, eps))
+    return _External(attack, as_threat(eps, "Linf", "L2"))
 
 
 def transfer(source: Model, attack: Attack) -> Attack:
@@ -284,7 +279,7 @@ def _checked(found: Any, x: Tensor, ball: ThreatModel) -> Tensor:
         raise ValueError(
             f"attack(x, y) must stay within {ball.norm} distance eps={ball.eps:.6g} of x, got "
             f"{farthest:.6g}, {farthest - ball.eps:.3g} too far ({outside} of {len(x)} images); "
-            "build it with this eps and norm"
+            "build it with this radius"
         )
     return images
 

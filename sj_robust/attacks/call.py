@@ -27,6 +27,7 @@ from sj_robust.core.randomness import (
     draw_seed,
     private_generator,
 )
+from sj_robust.core.threat import NormName, l2_norm, per_sample
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -238,6 +239,23 @@ def checked_copies(
         return x.detach().clone(), y.clone()
 
 
+def direction(grad: Tensor, norm: NormName) -> Tensor:
+    """Steepest ascent of unit length per sample; 0 for a zero gradient."""
+    if norm == "Linf":
+        return grad.sign()
+    length = per_sample(l2_norm(grad), grad)
+    length = torch.where(length > 0, length, 1.0)
+    unit = grad.double() / length
+    return unit.to(grad.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Images in float64 if they are in it, else in float32, so that a search does not compute in
+    half precision.
+    """
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def input_gradient(losses: Tensor, x: Tensor, *, keep_graph: bool = False) -> Tensor:
     """Gradient of the losses [N] with respect to the images, each of its own loss.
 
@@ -255,7 +273,8 @@ def input_gradient(losses: Tensor, x: Tensor, *, keep_graph: bool = False) -> Te
         )
     if not bool(torch.isfinite(grad).all()):
         raise _NonFiniteGradientError(
-            "the gradient at the images must be finite, got NaN or infinity; craft in float32"
+            "the gradient at the images must be finite, got NaN or infinity; craft in float32, "
+            "with weights that are finite"
         )
     return grad
 

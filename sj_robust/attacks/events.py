@@ -1,4 +1,4 @@
-"""Attacks on event frames that add or remove at most ``flips`` events per sample: binary frames
+"""Attacks on event frames that add or remove at most ``eps`` events per sample: binary frames
 stay binary, numbers of events stay integers >= 0.
 
 Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of
@@ -27,16 +27,15 @@ from sj_robust.attacks._event_search import (
 )
 from sj_robust.attacks._planes import Planes, in_units, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.attacks.threat import as_counts
 from sj_robust.core.checks import (
-    check_count,
+    check_choice,
     check_events,
     check_labels,
     check_model,
-    check_switch,
     is_checked,
 )
 from sj_robust.core.randomness import Private, check_seeds
+from sj_robust.core.threat import Threat, as_counts, as_threat
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 
@@ -48,9 +47,8 @@ def flip_events(
     x: Tensor,
     y: Tensor,
     *,
-    flips: int,
+    eps: Threat,
     allow: Allow = "both",
-    counts: bool = False,
     steps: int = 20,
     probes: int = 10,
     queries: int = 100,
@@ -66,11 +64,11 @@ def flip_events(
     """Sparse attack on event frames: few events added or removed, chosen by gradient; then changes
     that are not needed are undone.
 
-    事件帧稀疏攻击：按梯度选择至多 flips 个事件翻转，再撤销不必要的翻转。
+    事件帧稀疏攻击：按梯度选择至多 eps 个事件翻转，再撤销不必要的翻转。
 
     Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss
     when an event is added (x = 0) or removed (x = 1). In each of ``steps`` steps the gradient is
-    computed again and the ``flips / steps`` elements with the largest gain are changed, until the
+    computed again and the ``eps / steps`` elements with the largest gain are changed, until the
     sample fools the network. Reduction then undoes changes as long as the sample still fools it:
     first the longest run of the least important ones, found by bisection, then one by one until
     none can be undone.
@@ -90,11 +88,10 @@ def flip_events(
     least ``confidence``) is returned unchanged; ``count_flips`` counts the elements that differ.
 
     Args:
-        flips: Largest number of elements changed per sample; with ``counts``, of events added and
-            removed.
+        eps: Largest number of elements changed per sample, or a ``ThreatModel`` in L0; where that
+            says ``counts``, a change adds an event to a value or removes one, up to 8 of each per
+            value.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
-        counts: Whether frames hold numbers of events, and not 0 or 1: a change then adds an event
-            to a value or removes one, up to 8 of each per value.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
             additional forwards.
@@ -125,11 +122,13 @@ def flip_events(
         >>> model = lambda frames: torch.stack(
         ...     [frames.flatten(1) @ weight, torch.full((1,), 4.5)], dim=1
         ... )
-        >>> flip_events(model, x, torch.tensor([1]), flips=3).flatten()
+        >>> flip_events(model, x, torch.tensor([1]), eps=3).flatten()
         tensor([0., 1., 0., 1.])
     """
-    x = checked_frames(model, x, y, generator, counts=counts)
-    _check_budget(x, flips, allow, counts)
+    threat = as_threat(eps, "L0")
+    flips = int(threat.eps)
+    x = checked_frames(model, x, y, generator, counts=threat.counts)
+    check_choice("allow", allow, get_args(Allow))
     settings = Settings(
         steps=steps,
         probes=probes,
@@ -142,7 +141,7 @@ def flip_events(
         keep_best=keep_best,
         loss=loss,
     )
-    if not counts:
+    if not threat.counts:
         make = partial(EventSearch, changeable=_changeable(x, allow))
         return searched(model, x, y, make, settings, budget=flips, planes=1, generator=generator)
     planes = in_units(x, max(1, flips))
@@ -165,9 +164,8 @@ def random_flips(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    flips: int,
+    eps: Threat,
     allow: Allow = "both",
-    counts: bool = False,
     tries: int = 1,
     eot_samples: int = 1,
     generator: Randomness = None,
@@ -176,8 +174,8 @@ def random_flips(
 
     随机翻转事件，稀疏攻击的对照。
 
-    Equation: ``x_adv = |x - m|`` with m uniform among the masks with ``flips`` ones (or all
-    elements that ``allow`` permits, if there are fewer). With ``counts``, each of ``flips`` drawn
+    Equation: ``x_adv = |x - m|`` with m uniform among the masks with ``eps`` ones (or all
+    elements that ``allow`` permits, if there are fewer). With ``counts``, each of ``eps`` drawn
     values gains or loses an event.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for event frames
@@ -185,9 +183,8 @@ def random_flips(
     ``tries`` > 1.
 
     Args:
-        flips: Number of changes per sample.
+        eps: Number of changes per sample, or a ``ThreatModel`` in L0.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
-        counts: Whether frames hold numbers of events, as in :func:`flip_events`.
         tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
         eot_samples: Forwards whose mean logits say so, >= 1, for stochastic networks.
 
@@ -198,18 +195,18 @@ def random_flips(
 
     Examples:
         >>> x = torch.zeros(3, 4, 2, 5, 5)
-        >>> count_flips(
-        ...     random_flips(None, x, flips=7, generator=torch.Generator().manual_seed(0)), x
-        ... )
+        >>> count_flips(random_flips(None, x, eps=7, generator=torch.Generator().manual_seed(0)), x)
         tensor([7, 7, 7])
     """
-    x = checked_frames(model, x, y, generator, counts=counts, optional=True)
-    _check_budget(x, flips, allow, counts)
+    threat = as_threat(eps, "L0")
+    flips = int(threat.eps)
+    x = checked_frames(model, x, y, generator, counts=threat.counts, optional=True)
+    check_choice("allow", allow, get_args(Allow))
     check_tries(tries, eot_samples, model, y)
     if flips == 0 or x.numel() == 0:
         return x
     fooling = partial(first_that_fools, tries=tries, eot_samples=eot_samples, generator=generator)
-    if not counts:
+    if not threat.counts:
         draw = _drawing(x, _changeable(x, allow), flips, partial(uniform, x))
         return fooling(model, x, y, draw, planes=1)
     planes = in_units(x, 1)
@@ -341,7 +338,6 @@ def checked_frames(
     None if ``optional``.
     """
     if not is_checked():
-        check_switch("counts", counts)
         if model is not None or not optional:
             check_model(model)
         check_frames(x, counts=counts)
@@ -350,15 +346,6 @@ def checked_frames(
     check_seeds(generator, x)
     with torch.inference_mode(False):
         return x.detach().clone()
-
-
-def _check_budget(x: Tensor, flips: int, allow: Allow, counts: bool) -> None:
-    if allow not in get_args(Allow):
-        raise ValueError(f"allow must be one of {get_args(Allow)}, got {allow!r}")
-    check_count("flips", flips, least=0)
-    elements = x[0].numel() if len(x) else flips
-    if flips > elements and not counts:
-        raise ValueError(f"flips must be <= {elements}, the elements of a sample, got {flips}")
 
 
 def _changeable(x: Tensor, allow: Allow) -> Tensor:

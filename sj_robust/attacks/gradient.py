@@ -11,11 +11,11 @@ from sj_robust.attacks.call import (
     Randomness,
     checked_copies,
     crafting,
+    direction,
 )
-from sj_robust.attacks.projection import Norm, direction
-from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
 from sj_robust.core.checks import check_counts, check_size
 from sj_robust.core.randomness import randn
+from sj_robust.core.threat import Threat, ThreatModel, as_threat, random_point
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 
@@ -25,7 +25,7 @@ def fgsm(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
+    eps: Threat,
     targeted: bool = False,
     loss: Loss | None = None,
     generator: Randomness = None,
@@ -56,7 +56,7 @@ def rfgsm(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
+    eps: Threat,
     step_size: float | None = None,
     noise_std: float = 0.001,
     project: bool = True,
@@ -89,7 +89,7 @@ def rfgsm(
         >>> bool((x_adv - x).abs().max() <= 4 / 255)
         True
     """
-    ball = ball_threat("Linf", eps)
+    ball = as_threat(eps, "Linf")
     step_size = ball.eps if step_size is None else _checked_step(step_size, ball)
     noise_std = check_size("noise_std", noise_std, at_most=1.0)
     if not project:
@@ -111,10 +111,9 @@ def pgd(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
+    eps: Threat,
     step_size: float | None = None,
     steps: int = 10,
-    norm: Norm = "Linf",
     random_start: bool = True,
     restarts: int = 1,
     eot_samples: int = 1,
@@ -140,7 +139,7 @@ def pgd(
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
-        step_size: Length of a step in the chosen norm; ``2.5 * eps / steps`` by default.
+        step_size: Length of a step in the norm of ``eps``; ``2.5 * eps / steps`` by default.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
         keep_best: False returns the last iterate (with several restarts, the best of their last
             iterates), as other libraries usually do, which overstates robustness.
@@ -160,15 +159,14 @@ def pgd(
         ...     lambda x: x @ weight.T,
         ...     x,
         ...     y,
-        ...     eps=0.25,
+        ...     eps=ThreatModel("L2", 0.25),
         ...     step_size=0.1,
         ...     steps=4,
-        ...     norm="L2",
         ...     random_start=False,
         ... )
         tensor([[0.3500, 0.7000]])
     """
-    ball = ball_threat(norm, eps)
+    ball = as_threat(eps, "Linf", "L2")
     check_counts(steps=steps, restarts=restarts, eot_samples=eot_samples)
     step_size = 2.5 * ball.eps / steps if step_size is None else _checked_step(step_size, ball)
     if restarts > 1 and not random_start:
@@ -211,7 +209,7 @@ def pgd(
                     x_adv = x_adv[left]
                     grad = grad[left]
                     project = ball.projection(x[rows])
-                x_adv = project(x_adv + step_size * direction(grad, norm))
+                x_adv = project(x_adv + step_size * direction(grad, ball.norm))
             if not keep_best and restarts == 1:
                 return x_adv  # there is nothing to compare it with
             score = objective.score(x_adv, y[rows])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.call import Model, Randomness
-from sj_robust.attacks.threat import ball_threat, random_point
 from sj_robust.core.checks import check_images, check_labels, check_model, check_size, is_checked
 from sj_robust.core.randomness import Private, check_seeds, private_generator, rand, randn
+from sj_robust.core.threat import Threat, as_threat, random_point
 
 __all__ = ["gaussian", "salt_and_pepper", "uniform"]
 
@@ -57,7 +57,7 @@ def uniform(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    eps: float | str,
+    eps: Threat,
     generator: Randomness = None,
 ) -> Tensor:
     """Uniform noise in the Linf ball; ``model`` and ``y`` are not used.
@@ -75,7 +75,7 @@ def uniform(
         >>> bool((uniform(None, x, eps=8 / 255) - x).abs().max() <= 8 / 255)
         True
     """
-    threat, private = ball_threat("Linf", eps), _checked(model, x, y, generator)
+    threat, private = as_threat(eps, "Linf"), _checked(model, x, y, generator)
     return random_point(x, threat, private)
 
 

@@ -13,9 +13,8 @@ from sj_robust.attacks.call import (
     checked_copies,
     crafting,
 )
-from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.threat import ball_threat
 from sj_robust.core.checks import check_counts
+from sj_robust.core.threat import Threat, as_threat, per_sample
 
 __all__ = ["sapgd"]
 
@@ -28,7 +27,7 @@ def sapgd(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
+    eps: Threat,
     steps: int = 100,
     restarts: int = 1,
     eot_samples: int = 1,
@@ -71,7 +70,7 @@ def sapgd(
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
     """
-    ball = ball_threat("Linf", eps)
+    ball = as_threat(eps, "Linf")
     check_counts(steps=steps, restarts=restarts, eot_samples=eot_samples)
     x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:

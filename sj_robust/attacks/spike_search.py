@@ -15,15 +15,21 @@ from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import FLIPS, MOVES, Moves
 from sj_robust.attacks._spike_walk import STAGES, Plan, SpikeSearch
 from sj_robust.attacks.apgd import LEAST_CLASSES, apgd
-from sj_robust.attacks.call import Model, Randomness, checked_copies, crafting, seeds_of_samples
+from sj_robust.attacks.call import (
+    Model,
+    Randomness,
+    checked_copies,
+    crafting,
+    seeds_of_samples,
+    wide,
+)
 from sj_robust.attacks.logits import clean_logits, differ, leads, margin
-from sj_robust.attacks.projection import Norm, wide
 from sj_robust.attacks.sapgd import sapgd
-from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_choice, check_count, check_images, is_checked
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import RandomNumbers
 from sj_robust.core.randomness import SampleSeeds, draw_seed
+from sj_robust.core.threat import Threat, ThreatModel, as_threat
 
 __all__ = ["searched", "spike_search"]
 
@@ -38,8 +44,7 @@ def spike_search(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
-    norm: Norm = "Linf",
+    eps: Threat,
     starts: Tensor | Sequence[Tensor] | None = None,
     forwards: int = 50_000,
     stages: int = len(STAGES),
@@ -119,7 +124,7 @@ def spike_search(
         >>> model(spike_search(model, x, y, eps=0.1, starts=[x])).argmax(1)
         tensor([0])
     """
-    ball = ball_threat(norm, eps)
+    ball = as_threat(eps, "Linf", "L2")
     check_count("forwards", forwards)
     check_count("stages", stages)
     check_count("batch_size", batch_size)
@@ -197,7 +202,7 @@ def _own_starts(
     model: Model, x: Tensor, y: Tensor, ball: ThreatModel, classes: int, seeds: SampleSeeds
 ) -> Tensor:
     """What short gradient attacks find by the gradient that the network has, [S, N, ...]."""
-    attack = partial(apgd, model, x, y, eps=ball.eps, norm=ball.ball, steps=_STEPS)
+    attack = partial(apgd, model, x, y, eps=ball, steps=_STEPS)
     ratio: Literal["ce", "dlr"] = "dlr" if classes >= LEAST_CLASSES["dlr"] else "ce"
     found = [
         attack(loss="ce", generator=seeds.derived("start", 0)),
@@ -205,7 +210,7 @@ def _own_starts(
     ]
     if ball.norm == "Linf":
         own = seeds.derived("start", 2)
-        found.append(sapgd(model, x, y, eps=ball.eps, steps=_STEPS, generator=own))
+        found.append(sapgd(model, x, y, eps=ball, steps=_STEPS, generator=own))
     return torch.stack(found)
 
 

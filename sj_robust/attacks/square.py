@@ -16,13 +16,13 @@ from sj_robust.attacks.call import (
     checked_copies,
     isolated,
     seeds_of_samples,
+    wide,
 )
 from sj_robust.attacks.logits import clean_logits, margin
-from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, wide
-from sj_robust.attacks.threat import ThreatModel, ball_threat
 from sj_robust.core.checks import check_counts, logits_of
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, draw_seed, rand
+from sj_robust.core.threat import Threat, ThreatModel, as_threat, l2_norm, linf_bounds, per_sample
 
 __all__ = ["square"]
 
@@ -55,8 +55,7 @@ def square(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
-    norm: Norm = "Linf",
+    eps: Threat,
     queries: int = 5000,
     eot_samples: int = 1,
     generator: Randomness = None,
@@ -96,7 +95,7 @@ def square(
         >>> model(square(model, x, y, eps=0.2, queries=200)).argmax(1)
         tensor([0])
     """
-    ball = ball_threat(norm, eps)
+    ball = as_threat(eps, "Linf", "L2")
     check_counts(queries=queries, eot_samples=eot_samples)
     x, y = checked_copies(model, x, y, generator)
     check_square(x)

@@ -22,9 +22,8 @@ from sj_robust.attacks._move_search import (
 from sj_robust.attacks._planes import each_on_its_own, summed
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import check_pair, checked_frames
-from sj_robust.attacks.threat import Moves, moves_of
-from sj_robust.core.checks import check_count, check_shift
 from sj_robust.core.randomness import Private
+from sj_robust.core.threat import Moves, Threat, ThreatModel, as_threat, moves_of
 
 __all__ = ["Moves", "count_moves", "move_events", "random_moves"]
 
@@ -34,10 +33,7 @@ def move_events(
     x: Tensor,
     y: Tensor,
     *,
-    moves: int,
-    largest_shift: int | None = None,
-    total_shift: int | None = None,
-    counts: bool = False,
+    eps: Threat,
     steps: int = 20,
     probes: int = 10,
     queries: int = 100,
@@ -58,7 +54,7 @@ def move_events(
     Equation: ``gain = g[t'] - g[t]`` with ``g = grad_x loss(model(x), y)``, the first-order change
     of the loss when an event moves from frame t to the empty frame t' of its pixel and polarity,
     ``|t' - t| <= largest_shift``; divided by the shift if there is a ``total_shift``. In each of
-    ``steps`` steps the gradient is computed again and the ``moves / steps`` events with the largest
+    ``steps`` steps the gradient is computed again and the ``eps / steps`` events with the largest
     gain move, each to its best frame, until the sample fools the network. The rest is as in
     :func:`flip_events`: candidates are probed with a forward each, the moves of random pixels are
     exchanged for others, and needless moves are undone, pixel by pixel.
@@ -72,11 +68,8 @@ def move_events(
     [N, T, 2, H, W] instead of images. ``count_moves`` counts the moves.
 
     Args:
-        moves: Largest number of moved events per sample.
-        largest_shift: Frames by which an event may move, >= 1; None for any number.
-        total_shift: Frames by which the events of a sample may move together, >= 1; None for any
-            number.
-        counts: Whether frames hold numbers of events, and not 0 or 1.
+        eps: Largest number of moved events per sample, or a ``ThreatModel`` of moves, which may
+            limit their shifts.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
             additional forwards.
@@ -103,14 +96,15 @@ def move_events(
         ...     1
         ... )  # class 1 from frame 2 on
         >>> model = lambda frames: torch.stack([torch.full((1,), 1.5), when(frames)], dim=1)
-        >>> move_events(model, x, torch.tensor([0]), moves=1)[0, :, 1].flatten()
+        >>> move_events(model, x, torch.tensor([0]), eps=1)[0, :, 1].flatten()
         tensor([0., 0., 0., 1.])
     """
-    x = checked_frames(model, x, y, generator, counts=counts)
-    frames, planes = each_on_its_own(x, counts=counts)
-    limits = _limits(x, moves, largest_shift, total_shift)
+    threat = as_threat(eps, "moves")
+    x = checked_frames(model, x, y, generator, counts=threat.counts)
+    frames, planes = each_on_its_own(x, counts=threat.counts)
+    limits = _limits(x, threat)
     everywhere = torch.ones_like(frames.flatten(1), dtype=torch.bool)
-    own = planes if counts else None
+    own = planes if threat.counts else None
     make = partial(MoveSearch, limits=limits, changeable=everywhere, planes=own)
     settings = Settings(
         steps=steps,
@@ -124,7 +118,7 @@ def move_events(
         keep_best=keep_best,
         loss=loss,
     )
-    budget = 2 * moves if limits.largest_shift else 0
+    budget = 2 * int(threat.eps) if limits.largest_shift else 0
     found = searched(
         model, frames, y, make, settings, budget=budget, planes=planes, generator=generator
     )
@@ -136,10 +130,7 @@ def random_moves(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    moves: int,
-    largest_shift: int | None = None,
-    total_shift: int | None = None,
-    counts: bool = False,
+    eps: Threat,
     tries: int = 1,
     eot_samples: int = 1,
     generator: Randomness = None,
@@ -147,7 +138,7 @@ def random_moves(
     """Random events moved in time, the control of :func:`move_events` at equal budget.
     随机移动事件的时间。
 
-    Equation: ``moves`` events are drawn at random, and each moves to a frame drawn at random among
+    Equation: ``eps`` events are drawn at random, and each moves to a frame drawn at random among
     the empty ones within ``largest_shift``; fewer, if the total shift or the free frames are used
     up before.
 
@@ -155,10 +146,7 @@ def random_moves(
     [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
 
     Args:
-        moves: Number of moved events per sample.
-        largest_shift: Frames by which an event may move; None for any number.
-        total_shift: Frames by which the events of a sample may move together; None for any number.
-        counts: Whether frames hold numbers of events, and not 0 or 1.
+        eps: Number of moved events per sample, or a ``ThreatModel`` of moves.
         tries: Draws per sample; the first one that fools the model is kept, otherwise the last one.
         eot_samples: Forwards whose mean logits say so, >= 1, for stochastic networks.
 
@@ -168,20 +156,22 @@ def random_moves(
     Source: random timing as the baseline of an attack, as in Spike-Retiming (arXiv 2602.03284).
 
     Examples:
+        >>> from sj_robust.attacks import ThreatModel
         >>> x = (torch.rand(3, 4, 2, 5, 5) < 0.1).float()
-        >>> moved = random_moves(None, x, moves=2, largest_shift=1)
+        >>> moved = random_moves(None, x, eps=ThreatModel("moves", 2, largest_shift=1))
         >>> bool((moved.sum(1) == x.sum(1)).all()), count_moves(moved, x).largest_shift.max() <= 1
         (True, tensor(True))
     """
-    x = checked_frames(model, x, y, generator, counts=counts, optional=True)
-    limits = _limits(x, moves, largest_shift, total_shift)
+    threat = as_threat(eps, "moves")
+    x = checked_frames(model, x, y, generator, counts=threat.counts, optional=True)
+    limits = _limits(x, threat)
     check_tries(tries, eot_samples, model, y)
-    if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
+    if threat.eps == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
-    frames, planes = each_on_its_own(x, counts=counts)
-    own = planes if counts else None
+    frames, planes = each_on_its_own(x, counts=threat.counts)
+    own = planes if threat.counts else None
     still = torch.zeros_like(frames.flatten(1), dtype=torch.bool)
-    size = torch.full((len(x),), moves, device=x.device)
+    size = torch.full((len(x),), int(threat.eps), device=x.device)
 
     def draw(private: Private) -> Tensor:
         order = drawn_for_moves(frames, private, own)
@@ -229,17 +219,8 @@ def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
     return moves_of(x, x_adv)
 
 
-def _limits(
-    x: Tensor,
-    moves: int,
-    largest_shift: int | None,
-    total_shift: int | None,
-) -> Limits:
-    check_count("moves", moves, least=0)
-    check_shift(largest_shift, x)
-    if total_shift is not None:
-        check_count("total_shift", total_shift)
+def _limits(x: Tensor, threat: ThreatModel) -> Limits:
     most = x.shape[1] - 1
-    if largest_shift is not None:
-        most = min(largest_shift, most)
-    return Limits(most, total_shift)
+    if threat.largest_shift is not None:
+        most = min(threat.largest_shift, most)
+    return Limits(most, threat.total_shift)

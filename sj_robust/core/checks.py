@@ -28,14 +28,15 @@ __all__ = [
     "check_logits",
     "check_model",
     "check_network",
+    "check_number",
     "check_number_of_channels",
     "check_samples",
     "check_seed",
-    "check_shift",
     "check_size",
     "check_steps",
     "check_surrogate",
     "check_switch",
+    "check_tau",
     "check_tensor",
     "check_text",
     "check_values",
@@ -205,31 +206,6 @@ def check_events(x: Tensor, *, counts: bool) -> None:
         )
 
 
-def check_shift(largest_shift: int | None, x: Tensor) -> None:
-    """A largest shift is an integer from 1 to T - 1 for frames [N, T, *]; None is any shift.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is less than 1, or no event can move so far.
-
-    Examples:
-        >>> check_shift(3, torch.zeros(1, 3, 2, 4, 4))
-        Traceback (most recent call last):
-        ...
-        ValueError: largest_shift must be < T = 3, the frames of a sample, got 3; for any shift pass
-        None
-    """
-    if largest_shift is None:
-        return
-    check_count("largest_shift", largest_shift)
-    T = x.shape[1]
-    if largest_shift >= T:
-        raise ValueError(
-            f"largest_shift must be < T = {T}, the frames of a sample, got {largest_shift}; for "
-            "any shift pass None"
-        )
-
-
 def check_labels(y: Tensor, x: Tensor) -> None:
     """Labels are int64 of shape [N], not negative, on the device of the images.
 
@@ -346,14 +322,54 @@ def check_size(
     return size
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> int:
+def check_number(
+    name: str,
+    value: float | Tensor,
+    *,
+    above: float = -math.inf,
+    most: float = math.inf,
+    finite: bool = True,
+    remedy: str = "",
+) -> float:
+    """A number ``above < value <= most``, or a tensor that holds one, as one of Python.
+
+    Examples:
+        >>> check_number("decay", 1.5, above=0.0, most=1.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: decay must be finite, > 0, <= 1, got 1.5
+    """
+    remedy = remedy and f"; {remedy}"
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name} must be a number, got {value!r}{remedy}")
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not above < number <= most or (finite and math.isinf(number)):
+        limits = {
+            "finite": finite,
+            f"> {above:g}": above > -math.inf,
+            f"<= {most:g}": most < math.inf,
+        }
+        rule = ", ".join(limit for limit, is_set in limits.items() if is_set)
+        raise ValueError(f"{name} must be {rule or 'a number'}, got {number:g}{remedy}")
+    return number
+
+
+def check_tau(tau: float) -> float:
+    """A time constant of a leak in steps, as a number of Python; infinite for none."""
+    remedy = "the decay is 1 - 1 / tau, math.inf means no leak"
+    if isinstance(tau, Real) and 0 < tau < 1:
+        remedy = f"for a decay of {tau} pass tau={1 / (1 - tau):.6g}"
+    return check_number("tau", tau, above=1.0, finite=False, remedy=remedy)
+
+
+def check_count(name: str, value: int, *, least: int = 1, remedy: str = "") -> int:
     """An integer of at least ``least``, of Python or numpy, as one of Python."""
+    remedy = remedy and f"; {remedy}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(
-            f"{name} must be an integer, got {type(value).__name__}; give one >= {least}"
-        )
+        got = type(value).__name__
+        raise TypeError(f"{name} must be an integer, got {got}; give one >= {least}{remedy}")
     if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
+        raise ValueError(f"{name} must be >= {least}, got {value}{remedy}")
     return int(value)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.core.environment import device_of
-from sj_robust.core.host import base, first_argument, from_reset, is_neuron, step_mode
-from sj_robust.core.preserved import Snapshot, has_hooks, preserved, same
+from sj_robust.core.host import base, first_argument, is_neuron, step_mode
+from sj_robust.core.preserved import Snapshot, from_reset, has_hooks, preserved, same
 
 __all__ = [
     "TAKES",

@@ -3,7 +3,7 @@
 import math
 import struct
 from collections.abc import Iterable
-from typing import SupportsFloat, cast
+from typing import Any, SupportsFloat
 
 __all__ = ["Radii", "eps_text", "parse_eps", "parse_radii", "plain_eps"]
 
@@ -84,12 +84,17 @@ def parse_radii(eps: Radii) -> list[float]:
         >>> parse_radii("8/255") == [8 / 255], parse_radii([0.2, "0.1", 0.2])
         (True, [0.1, 0.2])
     """
-    if isinstance(eps, str) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0:
-        return [parse_eps(cast("str | SupportsFloat", eps))]
-    radii = sorted({parse_eps(radius) for radius in eps})
+    radii = sorted({parse_eps(radius) for radius in several(eps)})
     if not radii:
         raise ValueError("eps must hold a radius or more, got none; give one such as '8/255'")
     return radii
+
+
+def several(eps: Any) -> list[Any]:
+    """What a list, a tuple or an array holds; anything else alone. 一个或多个值的列表。"""
+    if isinstance(eps, str) or not isinstance(eps, Iterable) or getattr(eps, "ndim", 1) == 0:
+        return [eps]
+    return list(eps)
 
 
 def _shortest(eps: float) -> float:

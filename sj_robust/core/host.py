@@ -2,8 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 import torch.overrides
 from torch import nn
 from torch.utils import _python_dispatch
-
-from sj_robust.core.preserved import preserved, seeded_network
 
 with warnings.catch_warnings():  # 0.0.0.0.14 uses torch.jit.script, of which torch 2.15 warns
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -40,7 +37,6 @@ __all__ = [
     "check_hooks_run",
     "cuda_threads",
     "first_argument",
-    "from_reset",
     "functional",
     "invalidate_reset_cache",
     "is_counted",
@@ -55,6 +51,7 @@ __all__ = [
     "runs_on_torch",
     "step_mode",
     "surrogate",
+    "within_backward",
 ]
 
 
@@ -75,18 +72,11 @@ def invalidate_reset_cache(net: nn.Module) -> None:
             functional.invalidate_reset_cache(module)
 
 
-@contextmanager
-def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, neurons reset, all randomness seeded; the network and all generators are as
-    before afterwards.
-
-    The generators are torch's global ones and those that modules of the network keep as attributes.
-    A model that is not an ``nn.Module`` has nothing to restore but the global generators.
+def within_backward() -> bool:
+    """Whether a backward pass runs in this thread, as where activation checkpointing calls a module
+    once more. 是否处于反向传播中。
     """
-    with preserved(model), seeded_network(model, seed, device):
-        if isinstance(model, nn.Module):
-            functional.reset_net(model)
-        yield
+    return torch._C._current_graph_task_id() != -1  # torch has no public way to ask
 
 
 def is_counted() -> bool:

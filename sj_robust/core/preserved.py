@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from sj_robust.core.host import functional, within_backward
 from sj_robust.core.randomness import SampleSeeds
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Snapshot",
     "draws_numbers",
     "evaluation_mode",
+    "from_reset",
     "full_precision",
     "generators_of",
     "has_hooks",
@@ -33,7 +35,6 @@ __all__ = [
     "seeded_network",
     "sums_of_products",
     "uncompiled",
-    "within_backward",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -46,13 +47,6 @@ What = Literal["modes", "states", "all"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _NEW_LOCK = threading.Lock()
-
-
-def within_backward() -> bool:
-    """Whether a backward pass runs in this thread, as where activation checkpointing calls a module
-    once more. 是否处于反向传播中。
-    """
-    return torch._C._current_graph_task_id() != -1  # torch has no public way to ask
 
 
 def locked(network: nn.Module) -> AbstractContextManager[object]:
@@ -400,6 +394,20 @@ def seeded_network(model: object, seed: int, device: torch.device) -> Iterator[N
         yield
     finally:
         numbers.restore()
+
+
+@contextmanager
+def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, neurons reset, all randomness seeded; the network and all generators are as
+    before afterwards.
+
+    The generators are torch's global ones and those that modules of the network keep as attributes.
+    A model that is not an ``nn.Module`` has nothing to restore but the global generators.
+    """
+    with preserved(model), seeded_network(model, seed, device):
+        if isinstance(model, nn.Module):
+            functional.reset_net(model)
+        yield
 
 
 def draws_numbers(model: nn.Module, x: Tensor) -> bool:

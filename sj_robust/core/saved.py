@@ -194,6 +194,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     It lies under a temporary name in the same folder until then, and is removed if the writing
     fails.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path.parent} is no folder that exists; make it, then write {path.name}"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), temporary.open("wb") as file:

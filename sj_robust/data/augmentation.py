@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sj_robust.core.checks import check_count, check_size, check_switch
+from sj_robust.core.checks import check_count, check_number, check_size, check_switch
 from sj_robust.core.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["Augmentation"]
@@ -70,10 +70,7 @@ class Augmentation:
             raise ValueError(
                 f"cutout must be an even number of pixels, 0 for none, got {self.cutout}"
             )
-        if check_size("rotation", self.rotation) > 180:
-            raise ValueError(
-                f"rotation must be at most 180 degrees, a half turn either way, got {self.rotation}"
-            )
+        check_number("rotation", check_size("rotation", self.rotation), most=180.0)
         if check_size("scale", self.scale) >= 1:
             raise ValueError(
                 f"scale must be below 1, got {self.scale}; 0.1 gives sizes from 0.9 to 1.1"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sj_robust.core.checks import check_count
 from sj_robust.data.files import UnreadableError
 
 __all__ = ["ShuffledBatches", "image_loader"]
@@ -119,8 +120,7 @@ def image_loader(
         >>> [len(x) for (x,) in image_loader(TensorDataset(torch.rand(5, 1, 2, 2)), 2)]
         [2, 2, 1]
     """
-    if workers < 0:
-        raise ValueError(f"workers must be >= 0, got {workers}")
+    check_count("workers", workers, least=0)
     arguments: dict[str, Any] = {
         "num_workers": workers,
         "generator": torch.Generator().manual_seed(0),

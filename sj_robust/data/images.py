@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from sj_robust.core.checks import check_count, check_size
+from sj_robust.core.checks import check_choice, check_count, check_size
 from sj_robust.core.datasets import (
     AUGMENTED,
     EVENT_DATASETS,
@@ -118,8 +118,7 @@ def load_images(
         if limit is not None:
             check_count(option, limit)
     check_size("validation_fraction", validation_fraction)
-    if on_unreadable not in ("error", "skip"):
-        raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
+    check_choice("on_unreadable", on_unreadable, ("error", "skip"))
     augmentation = _augmentation(name, augment)
     source = _source(name, Path(root), download, T, on_unreadable, counts=counts)
     train, validation = _held_out(
@@ -243,7 +242,7 @@ def _held_out(
     if not (fraction > 0 and train and held_out):
         raise ValueError(
             f"validation_fraction must leave images on both sides, got {fraction} of "
-            f"{len(train) + len(held_out)} images"
+            f"{len(train) + len(held_out)} images; give another share, or more images"
         )
     return Subset(source.train, train), Subset(source.train, held_out)
 

@@ -51,16 +51,19 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """Image float32 in [0, 1], [C, H, W], and its class, an int64 scalar."""
-        image = self.pixels[index].float().div(self.white)
-        return image, self.labels[index]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """The images of a batch, converted all at once; torch's loader asks for them so."""
-        images = self.pixels[indices].float().div_(self.white)
-        return list(zip(images, self.labels[indices], strict=True))
+        values = self._values(self.pixels[indices])
+        return list(zip(values, self.labels[indices], strict=True))
+
+    def _values(self, pixels: Tensor) -> Tensor:
+        """What several of the stored rows stand for."""
+        return pixels.float().div_(self.white)
 
 
-class StoredFrames(Dataset[tuple[Tensor, ...]]):
+class StoredFrames(StoredImages):
     """Binary frames of events, eight values a byte. 内存中的二值事件帧。
 
     Args:
@@ -79,33 +82,15 @@ class StoredFrames(Dataset[tuple[Tensor, ...]]):
 
     def __init__(self, bits: Tensor, labels: Tensor, shape: tuple[int, int, int, int]) -> None:
         """Keep the bits; see the class."""
-        self.bits = bits
-        self.labels = labels.long()
+        super().__init__(bits, labels)
         self.shape = shape
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.bits)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Frames float32 [T, 2, H, W] of zeros and ones, and their class, an int64 scalar."""
-        return self._frames(self.bits[index]), self.labels[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """The samples of a batch; torch's loader asks for them so."""
-        frames = self._frames(self.bits[indices])
-        return list(zip(frames, self.labels[indices], strict=True))
-
-    def _frames(self, bits: Tensor) -> Tensor:
-        """Frames of one sample or of several."""
-        per_sample = math.prod(self.shape)
-        values = np.unpackbits(bits.numpy(), axis=-1, count=per_sample)
-        shape = (*bits.shape[:-1], *self.shape)
-        frames = torch.from_numpy(values).view(shape)
-        return frames.float()
+    def _values(self, pixels: Tensor) -> Tensor:
+        values = np.unpackbits(pixels.numpy(), axis=-1, count=math.prod(self.shape))
+        return torch.from_numpy(values).view(len(pixels), *self.shape).float()
 
 
-class StoredCounts(Dataset[tuple[Tensor, ...]]):
+class StoredCounts(StoredImages):
     """Frames of numbers of events, made from stored images when they are asked for.
     由存储图像生成的事件计数帧。
 
@@ -116,22 +101,11 @@ class StoredCounts(Dataset[tuple[Tensor, ...]]):
 
     def __init__(self, images: StoredImages, frames: Callable[[Tensor, float], Tensor]) -> None:
         """Keep the images; see the class."""
-        self.images = images
-        self.labels = images.labels
+        super().__init__(images.pixels, images.labels, images.white)
         self.frames = frames
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Frames of a sample, and its class, an int64 scalar."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """The samples of a batch; torch's loader asks for them so."""
-        frames = self.frames(self.images.pixels[indices], self.images.white)
-        return list(zip(frames, self.labels[indices], strict=True))
+    def _values(self, pixels: Tensor) -> Tensor:
+        return self.frames(pixels, self.white)
 
 
 class FileImages(Dataset[tuple[Tensor, ...]]):
@@ -163,7 +137,7 @@ class FileImages(Dataset[tuple[Tensor, ...]]):
         return self.read(Path(self.paths[index])), self.labels[index]
 
 
-Images = StoredImages | StoredFrames | StoredCounts | FileImages | Subset[tuple[Tensor, ...]]
+Images = StoredImages | FileImages | Subset[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -194,12 +168,10 @@ def contents(images: object) -> list[object]:
     """
     if isinstance(images, Subset):
         return [list(images.indices), *contents(images.dataset)]
+    if isinstance(images, StoredFrames):
+        return [images.pixels, list(images.shape), images.labels]
     if isinstance(images, StoredImages):
         return [images.pixels, images.white, images.labels]
-    if isinstance(images, StoredFrames):
-        return [images.bits, list(images.shape), images.labels]
-    if isinstance(images, StoredCounts):
-        return contents(images.images)
     if isinstance(images, FileImages):
         return [[_file(Path(path)) for path in images.paths], images.labels]
     raise TypeError(f"images must be those of load_images, got {type(images).__name__}")

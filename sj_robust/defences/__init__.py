@@ -1,5 +1,6 @@
 """Published defences of spiking networks: neurons, encoders, gates and penalties, one file each."""
 
+from sj_robust.defences.clipped_relu import ClippedReLU
 from sj_robust.defences.dsd import deflate_
 from sj_robust.defences.feel import EvolvingLeakNode, FrequencyEncoder
 from sj_robust.defences.hosnn import HomeostaticNode
@@ -10,6 +11,7 @@ from sj_robust.defences.stog import StochasticGate
 from sj_robust.defences.tgo import NoisyLIFNode
 
 __all__ = [
+    "ClippedReLU",
     "EvolvingLeakNode",
     "FrequencyEncoder",
     "HomeostaticNode",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from sj_robust.core.preserved import within_backward
+from sj_robust.core.host import within_backward
 from sj_robust.defences.node import PerNeuron, SteppedNode, check_decay
 from sj_robust.ops.recurrence import charge, reset
 

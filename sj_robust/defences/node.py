@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from sj_robust.core.checks import check_surrogate, of_other_steps
+from sj_robust.core.checks import check_surrogate, check_tau, of_other_steps
 from sj_robust.core.host import neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
 
@@ -220,6 +220,4 @@ class PerNeuron(nn.Module):
 
 def check_decay(tau: float) -> float:
     """``1 - 1 / tau``, the share of the potential that a step keeps."""
-    if not tau > 1:
-        raise ValueError(f"tau must be > 1, got {tau}; for a decay of 0.99 pass tau=100.0")
-    return 1.0 - 1.0 / tau
+    return 1.0 - 1.0 / check_tau(tau)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from sj_robust.core.host import (
     EVAL_MODE_HAS_NO_GRADIENT,
     check_hooks_run,
-    from_reset,
     runs_on_torch,
     step_mode,
 )
-from sj_robust.core.preserved import preserved, uncompiled
+from sj_robust.core.preserved import from_reset, preserved, uncompiled
 from sj_robust.estimators import backward
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons

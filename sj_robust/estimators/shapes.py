@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust.core.host import surrogate
 from sj_robust.neuron.dlif import Spiking, describe_surrogate
-from sj_robust.ops.surrogate import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES
 
 __all__ = [
     "SHAPES",

@@ -1,19 +1,18 @@
 """Accuracy of a classifier under attack, as a typed report."""
 
+from sj_robust.evaluation.assess import worst_case
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose
 from sj_robust.evaluation.own_network import evaluate, stress
 from sj_robust.evaluation.report.comparison import compare_reports
 from sj_robust.evaluation.report.pictures import gallery
 from sj_robust.evaluation.report.report import Report
-from sj_robust.evaluation.run.corruptions import Corruption
 from sj_robust.evaluation.run.estimator_search import EstimatorSearch, search_estimators
-from sj_robust.evaluation.run.faults import Fault, faulty
+from sj_robust.evaluation.run.faults import Corruption, Fault, faulty
 from sj_robust.evaluation.run.member import Member
 from sj_robust.evaluation.run.suites import make_suite
 from sj_robust.evaluation.smoothing import smoothed_bracket
 from sj_robust.evaluation.subject import from_checkpoint
-from sj_robust.evaluation.worst_case import worst_case
 
 __all__ = [
     "Corruption",

@@ -1,21 +1,24 @@
 """A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis,
-report.
+report; attacks of your own alone; and a network under faults or corruptions.
 """
 
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.attacks.call import Model
+from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
 from sj_robust.core.environment import device_of
-from sj_robust.core.eps import plain_eps
-from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.eps import eps_text, parse_eps, plain_eps
+from sj_robust.core.preserved import preserved
+from sj_robust.core.randomness import SampleSeeds, check_seeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.diagnosis.activity import firing
 from sj_robust.evaluation.diagnosis.masking import diagnose, estimators_searched
 from sj_robust.evaluation.report.report import Report
@@ -23,7 +26,7 @@ from sj_robust.evaluation.report.verdict import masked
 from sj_robust.evaluation.request import Request, described
 from sj_robust.evaluation.result import OVER_EPS, Row
 from sj_robust.evaluation.run.data import Batches, Data, check_data
-from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
+from sj_robust.evaluation.run.draws import DRAWS, check_history, gradient_draws, settled_draws
 from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -31,12 +34,21 @@ from sj_robust.evaluation.run.estimator_search import (
     event_attack,
     search_estimators,
     short_attack,
+    short_attack_name,
 )
-from sj_robust.evaluation.run.history import check_history
+from sj_robust.evaluation.run.faults import (
+    Corruption,
+    Fault,
+    corrupted,
+    default_corruptions,
+    default_faults,
+    faulty,
+)
 from sj_robust.evaluation.run.identity import identify, network_key
-from sj_robust.evaluation.run.loop import Asked, Outcome, releases, run
-from sj_robust.evaluation.run.member import Member, fooled, refused
-from sj_robust.evaluation.run.progress import computed_once, gathered, rank_and_world_size
+from sj_robust.evaluation.run.loop import Asked, Job, Outcome, releases, rows_of, run, run_batch
+from sj_robust.evaluation.run.member import Member, Variant, fooled, refused
+from sj_robust.evaluation.run.plain import plain_copy
+from sj_robust.evaluation.run.progress import BatchLog, computed_once, gathered, rank_and_world_size
 from sj_robust.evaluation.run.proofs import has_proofs, proof_row, prove
 from sj_robust.evaluation.run.suites import (
     UNSEARCHED,
@@ -46,11 +58,16 @@ from sj_robust.evaluation.run.suites import (
     check_shape,
     make_suite,
 )
-from sj_robust.evaluation.run.variant import Variant
 from sj_robust.evaluation.subject import Subject
 from sj_robust.proofs.soundness import UnprovableError
 
-__all__ = ["DIAGNOSED", "Softened", "assess"]
+__all__ = [
+    "DIAGNOSED",
+    "Softened",
+    "assess",
+    "stress_network",
+    "worst_case",
+]
 
 _Found = TypeVar("_Found")
 
@@ -145,8 +162,10 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
     if request.radii or (request.checks and not _has_curve(rows, request.threat)):
         estimators = [row["estimator"] for row in trials if row["chosen"]]
         rows += parts.over_eps(estimators[0] if estimators else "training")
+    unproved = ""
     if request.checks and "verified" in proved:
-        rows += parts.proofs_over_eps(rows)
+        more, unproved = parts.proofs_over_eps(rows)
+        rows += more
     looks_for_masking = request.checks and not request.threat.of_events
     findings = parts.findings(trials) if looks_for_masking else []
     unseen = {text for row in outcome.potential for text in row["warnings"]}
@@ -167,11 +186,163 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
             *sorted(unseen.union(outcome.warnings)),
             *_left_out(reasons),
             *proved.get("reasons", ()),
+            *([unproved] if unproved else []),
             *_of_few_classes(data.labels, parts.y.tolist()),
             *([_NOT_DIAGNOSED] if request.threat.of_events else []),
         ),
     )
     return parts.with_plain_attacks(report, plan.plain, verified) if masked(report) else report
+
+
+def worst_case(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    members: Sequence[Member],
+    *,
+    threat: ThreatModel | None = None,
+    draws: int = 1,
+    seeds: SampleSeeds | None = None,
+    plain: Model | None = None,
+) -> Report:
+    """Run your own attacks one after the other, and determine for every image whether any of them
+    fools the network. 逐样本取多种攻击与梯度估计的最坏情况。
+
+    Equation: ``robust accuracy = mean_n [correct on x_n and on a_m(x_n) for every member m]``. A
+    member attacks the images that are classified correctly and not yet broken in its group. What it
+    makes is judged by a copy of the network that no attack has asked.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has
+            an estimator.
+        x: Images, floating point.
+        y: Labels [N] int64.
+        members: The attacks, in the order in which they are run.
+        threat: Threat model within which an image counts as broken; None counts every image of a
+            member.
+        draws: Number of forwards; a stochastic network has to be wrong in more than half of them.
+        seeds: One seed per sample; the result of a sample then depends neither on the other samples
+            nor on the batch size (unless the network itself draws random numbers, or the estimator
+            is ``pdsg``). None uses the indices of the images.
+        plain: A copy of the network that nothing has asked yet; None makes one.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If images, labels or seeds do not fit, names repeat, or an attack leaves its
+            budget.
+
+    Source: per-sample worst case as in AutoAttack (Croce and Hein, ICML 2020), over several
+        gradients as Bu et al. (TMLR 2024) ensemble them for spiking networks.
+
+    Examples:
+        >>> import torch
+        >>> from functools import partial
+        >>> from sj_robust.attacks import fgsm
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> model.weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> x, y = torch.tensor([[0.6, 0.5], [0.9, 0.1]]), torch.tensor([0, 0])
+        >>> report = worst_case(model, x, y, [Member("fgsm", partial(fgsm, eps=0.1))])
+        >>> report.attacks[0].fell, report.everything.accuracy
+        ((0,), 0.5)
+    """
+    check_model(model)
+    check_samples(x)
+    check_labels(y, x)
+    check_count("draws", draws)
+    seeds = SampleSeeds(range(len(x))) if seeds is None else seeds
+    check_seeds(seeds, x)
+    variant = Variant(members)
+    variant.check_names()
+    remark = ""
+    if plain is None and isinstance(model, nn.Module):
+        plain, remark = plain_copy(model)
+    job = Job(
+        variant=variant,
+        model=model,
+        x=x,
+        y=y,
+        start=0,
+        seeds=seeds,
+        asked=Asked(threat, draws),
+        plain=plain,
+    )
+    steps = list(run_batch(job, BatchLog()))
+    return Report(
+        name=type(model).__name__,
+        dataset="images",
+        suite="worst case",
+        labels=tuple(y.tolist()),
+        rows=rows_of(variant, [steps], [0]),
+        threat=threat,
+        draws=draws,
+        warnings=tuple(filter(None, [remark])),
+    )
+
+
+def stress_network(subject: Subject, batches: Batches | Data, request: Request) -> Report:
+    """Measure a network under faults or corruptions and write the report. 压力测试。
+
+    Every step is kept in the folder of the request as it ends, and a call with the same request
+    continues where a killed one stopped. Several processes share the levels, and each gets the
+    report. The network stays as it was: faults are those of a copy. What cannot be measured is
+    named in the warnings.
+
+    Args:
+        subject: The network.
+        batches: Images with labels in batches, read once.
+        request: What is asked; the attack is crafted on the faulty network, or from the corrupted
+            images: APGD-CE of so many steps (``flip_events`` or ``move_events`` for events).
+
+    Raises:
+        ValueError: If the network carries state from one forward into the next, or the folder holds
+            the progress of another run.
+
+    Source: as of :func:`sj_robust.evaluation.stress`.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sj_robust.attacks import ThreatModel
+        >>> from sj_robust.classifier import SpikingClassifier
+        >>> net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(4, 3)), T=2)
+        >>> mine = Subject("mine", net, "one layer")
+        >>> batches = [(torch.rand(6, 1, 2, 2), torch.arange(6) % 3)]
+        >>> few = [Fault("weight_bits", 4), Fault("first_steps", 1)]
+        >>> asked = Request("stress", ThreatModel("Linf", 0.1), "noise", faults=few)
+        >>> stress_network(mine, batches, asked).variants
+        ('none', 'weight_bits:4', 'first_steps:1')
+    """
+    data = Data.of(batches)
+    check_data(data, request.threat)
+    faults = request.faults
+    if faults is None and request.suite == "stress":
+        faults = default_faults(subject.model)
+    elif faults is None:
+        faults = default_corruptions(data[0][0])
+    kinds = {fault.kind for fault in faults}
+    request.watch.say(f"{request.suite}: {len(faults)} levels of {len(kinds)} kinds")
+    draws = settled_draws(subject.model, data, None)
+    if draws > 1:
+        request.watch.say(f"the network draws random numbers: {draws} forwards judge an image")
+    network = network_key(subject.model, data, request.folder)
+    with preserved(subject.model):
+        outcome = run(
+            subject.model,
+            data,
+            _variants(faults, request, draws),
+            asked=Asked(request.threat, draws),
+            network=network,
+            folder=request.folder,
+            watch=request.watch,
+        )
+    judged = f", judged over {draws} draws" if draws > 1 else ""
+    return Report(
+        **described(subject, data, request, network),
+        rows=outcome.rows,
+        description=f"{short_attack_name(request.threat)} {request.steps}{judged}",
+        draws=request.draws or 1,
+        warnings=(*subject.remarks, *outcome.warnings),
+    )
 
 
 class _Parts:
@@ -263,8 +434,10 @@ class _Parts:
         row = proof_row(self.threat, len(self.data.labels), proved["verified"])
         return [replace(row, seconds=proved["seconds"])]
 
-    def proofs_over_eps(self, rows: Sequence[Row]) -> list[Row]:
-        """Proofs at the radii of accuracy over eps, of the first images."""
+    def proofs_over_eps(self, rows: Sequence[Row]) -> tuple[list[Row], str]:
+        """Proofs at the radii of accuracy over eps, of the first images; or none, and why: a
+        network may do something else at a radius beyond that of the threat.
+        """
         self.say("proofs over eps")
         levels = [row for row in rows if row.attacks and "@" in row.member]
         radii = {row.eps or 0.0 for row in levels}
@@ -272,13 +445,18 @@ class _Parts:
             radii.add(0.0)
         names = [eps_text(eps) for eps in sorted(radii)]
 
-        def compute() -> dict[str, tuple[int, ...]]:
+        def compute() -> dict[str, tuple[int, ...]] | str:
             radii = list(map(parse_eps, names))
-            found = prove(self.model, self.few, radii, self.threat)
+            try:
+                found = prove(self.model, self.few, radii, self.threat)
+            except (NotImplementedError, UnprovableError) as error:
+                return f"Nothing could be proved over eps: {error}."
             return dict(found.verified)
 
         key = self.key | {"radii": ", ".join(names)}
         verified = self._computed_once("proofs_over_eps.json", key, compute)
+        if isinstance(verified, str):
+            return [], verified
         found = []
         if OVER_EPS not in {row.variant for row in rows}:
             found.append(_on_the_first(rows[0], len(self.y)))
@@ -286,7 +464,7 @@ class _Parts:
             threat = replace(self.threat, eps=parse_eps(eps))
             row = proof_row(threat, len(self.y), numbers)
             found.append(replace(row, variant=OVER_EPS))
-        return found
+        return found, ""
 
     def run(
         self, name: str, data: Data, members: Sequence[Member], verified: Sequence[int]
@@ -483,3 +661,45 @@ def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
     name = f"{CHANGES.get(threat.norm, 'apgd')}20@{eps_text(threat.eps)}"
     attack = short_attack(threat, 20, draws=draws, queries=100)
     return Member(name, attack, estimator, group="over_eps", threat=threat)
+
+
+def _variants(
+    faults: Sequence[Fault | Corruption], request: Request, draws_of_network: int
+) -> list[Variant]:
+    """The network as it is, then every draw of every level."""
+    first = request.seed * 2**10
+    network_is_noisy = draws_of_network > 1
+    attack = [_attack(request, noisy=network_is_noisy)]
+    found = [Variant(attack, "none", first)]
+    for fault in faults:
+        name = f"{fault.kind}:{fault.level}"
+        if isinstance(fault, Corruption):
+            images = _Corrupted(fault, request.seed)
+            found.append(Variant(attack, name, first, images=images))
+            continue
+        draws = (request.draws or 1) if fault.random else 1
+        members = [_attack(request, noisy=fault.noisy or network_is_noisy)]
+        for draw in range(draws):
+            seed = first + draw
+            place = name if draws == 1 else f"{name}/draw{draw}"
+            network = partial(faulty, fault=fault, seed=seed, counts=request.threat.counts)
+            found.append(Variant(members, place, seed, network=network, may_draw=fault.noisy))
+    return found
+
+
+def _attack(request: Request, *, noisy: bool) -> Member:
+    threat = request.threat
+    draws = gradient_draws(DRAWS, threat) if noisy else 1
+    attack = short_attack(threat, request.steps, draws=draws)
+    return Member(f"short@{eps_text(threat.eps)}", attack, threat=threat)
+
+
+@dataclass(frozen=True)
+class _Corrupted:
+    """Images with a corruption."""
+
+    corruption: Corruption
+    seed: int
+
+    def __call__(self, x: Tensor, start: int) -> Tensor:
+        return corrupted(x, self.corruption, seed=self.seed, start=start)

@@ -1,18 +1,17 @@
 """Evaluate or stress-test a network in one call."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sj_robust.attacks.events import check_frames
-from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, as_classifier
 from sj_robust.core.checks import (
     Channels,
@@ -28,15 +27,15 @@ from sj_robust.core.checks import (
     check_text,
 )
 from sj_robust.core.environment import device_of
-from sj_robust.core.eps import Radii, parse_radii
+from sj_robust.core.eps import several
 from sj_robust.core.folders import check_folder
 from sj_robust.core.preserved import evaluation_mode, full_precision
-from sj_robust.evaluation.assess import assess
+from sj_robust.core.threat import NormName, Threat, ThreatModel, as_threat
+from sj_robust.evaluation.assess import assess, stress_network
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.request import Request
-from sj_robust.evaluation.run.corruptions import Corruption, check_images_to_corrupt
 from sj_robust.evaluation.run.data import Batches, Data, given_data
-from sj_robust.evaluation.run.faults import Fault
+from sj_robust.evaluation.run.faults import Corruption, Fault, check_images_to_corrupt
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.suites import (
     SuiteName,
@@ -45,13 +44,11 @@ from sj_robust.evaluation.run.suites import (
     check_shape,
     check_suite,
 )
-from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.neuron.charging import NeuronKey, stated
 
 __all__ = ["evaluate", "stress"]
 
-NormName = Literal["Linf", "L2", "L0", "moves"]
 StressName = Literal["stress", "corruptions"]
 Images = Tensor | Batches | Dataset[tuple[Tensor, ...]]
 
@@ -61,11 +58,7 @@ def evaluate(
     x: Images,
     y: Tensor | None = None,
     *,
-    eps: Radii,
-    norm: NormName | None = None,
-    largest_shift: int | None = None,
-    total_shift: int | None = None,
-    counts: bool = False,
+    eps: Threat | Iterable[Threat],
     suite: SuiteName | None = None,
     rounds: int = 1,
     T: int | None = None,
@@ -91,16 +84,9 @@ def evaluate(
         x: Test images [N, C, H, W] in [0, 1]; or, instead of ``x`` and ``y``, a ``DataLoader``, a
             data set, or a list of batches, which is read once. Event frames are [N, T, 2, H, W].
         y: Labels [N] int64.
-        eps: Radius, a number or a string such as ``"8/255"``; for L0 the number of changed
-            elements, with ``counts`` that of added and removed events; for moves the number of
-            moved events. Of several, ``Report.over_eps`` has them all; the suite runs at the
-            largest.
-        norm: Norm of the perturbation; None means Linf, or L0 for event frames.
-        largest_shift: For moves, the largest number of frames by which an event may be moved; None
-            means no limit.
-        total_shift: For moves, the largest number of frames by which the events of a sample may be
-            moved in total.
-        counts: Whether event frames hold numbers of events, and not 0 or 1.
+        eps: Linf radius, a number or a string such as ``"8/255"``, for event frames the number of
+            changed events; or a ``ThreatModel`` of any norm. Of several, which differ in their
+            radius, ``Report.over_eps`` has them all; the suite runs at the largest.
         suite: Name of the suite, see :func:`make_suite`; None means ``"standard"``, or ``"events"``
             for event frames.
         rounds: How many times the attacks of ``"fast"``, ``"standard"``, ``"gradient"``,
@@ -143,26 +129,40 @@ def evaluate(
     """
     if suite is not None:
         check_choice("suite", suite, get_args(SuiteName))
-    *smaller, largest = parse_radii(eps)
-    budget = _budget(
-        eps=largest, norm=norm, largest_shift=largest_shift, total_shift=total_shift, counts=counts
+    given = _Given(
+        model,
+        T=check_steps(T),
+        mean=check_channels("mean", mean),
+        std=check_channels("std", std, positive=True),
+        name=name,
+        progress=progress,
+        decay=decay,
+        gain=gain,
     )
-    given = _given(model, T=T, mean=mean, std=std)
-    settings = _settings(
-        draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
-    )
-    data = _data(x, y, batch_size, given, counts=counts)
-    threat = budget.threat(data)
-    for radius in smaller:
-        check_radius(replace(threat, eps=radius))
+    check_text("dataset", dataset)
+    if draws is not None:
+        draws = check_count("draws", draws)
+    data = given_data(x, y, check_count("batch_size", batch_size))
+    threats = _threats(eps, data)
+    threat = threats[-1]
+    check_radius(threats[0])
+    _check_fits(data, threat, given)
     chosen: SuiteName = suite or ("events" if _holds_frames(data) else "standard")
     check_suite(chosen, threat)
     check_rounds(chosen, rounds)
     check_shape(chosen, data[0][0], draws=draws or 1)
-    with _prepared(given, data, settings, decay=decay, gain=gain) as prepared:
-        radii = (*smaller, largest) if smaller else ()
-        asked = replace(prepared.request(chosen, threat), rounds=rounds, radii=radii)
-        return assess(prepared.subject, data, asked)
+    request = Request(
+        chosen,
+        threat,
+        dataset,
+        seed=check_seed("seed", seed),
+        draws=draws,
+        radii=tuple(one.eps for one in threats) if len(threats) > 1 else (),
+        rounds=rounds,
+        folder=check_folder("folder", folder),
+    )
+    with given.ready(data, request) as (subject, asked):
+        return assess(subject, data, asked)
 
 
 def stress(
@@ -170,11 +170,7 @@ def stress(
     x: Images,
     y: Tensor | None = None,
     *,
-    eps: float | str,
-    norm: NormName | None = None,
-    largest_shift: int | None = None,
-    total_shift: int | None = None,
-    counts: bool = False,
+    eps: Threat,
     suite: StressName = "stress",
     faults: Sequence[Fault | Corruption] | None = None,
     draws: int = 5,
@@ -200,11 +196,7 @@ def stress(
         model: The network.
         x: Test images.
         y: Labels.
-        eps: Radius of the attack.
-        norm: Norm of the attack.
-        largest_shift: Budget of a threat of moves.
-        total_shift: Budget of a threat of moves.
-        counts: Whether event frames hold numbers of events.
+        eps: Radius or threat model of the attack.
         suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five
             severities.
         faults: Faults to measure, from mild to severe; None measures every kind at its default
@@ -236,134 +228,119 @@ def stress(
     check_choice("suite", suite, get_args(StressName))
     if faults is not None:
         faults = _checked_faults(faults, suite)
-    steps = check_count("steps", steps)
-    budget = _budget(
-        eps=parse_eps(eps),
-        norm=norm,
-        largest_shift=largest_shift,
-        total_shift=total_shift,
-        counts=counts,
+    given = _Given(
+        model,
+        T=check_steps(T),
+        mean=check_channels("mean", mean),
+        std=check_channels("std", std, positive=True),
+        name=name,
+        progress=progress,
     )
-    given = _given(model, T=T, mean=mean, std=std)
-    settings = _settings(
-        draws=draws, seed=seed, folder=folder, name=name, dataset=dataset, progress=progress
-    )
-    data = _data(x, y, batch_size, given, counts=counts)
-    threat = budget.threat(data)
+    check_text("dataset", dataset)
+    data = given_data(x, y, check_count("batch_size", batch_size))
+    threat = as_threat(eps, *_norms(data))
     check_radius(threat)
+    _check_fits(data, threat, given)
     if suite == "corruptions":
         check_images_to_corrupt(data[0][0])
-    with _prepared(given, data, settings) as prepared:
-        asked = replace(prepared.request(suite, threat), faults=faults, steps=steps)
-        return stress_network(prepared.subject, data, asked)
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """What an adversary may do; its norm may be left to the images."""
-
-    eps: float
-    norm: NormName | None
-    largest_shift: int | None
-    total_shift: int | None
-    counts: bool
-
-    def threat(self, data: Data) -> ThreatModel:
-        """The adversary of these images or event frames."""
-        norm = self.norm or ("L0" if _holds_frames(data) else "Linf")
-        return ThreatModel(
-            norm,
-            self.eps,
-            largest_shift=self.largest_shift,
-            total_shift=self.total_shift,
-            counts=self.counts,
-        )
-
-
-def _budget(
-    *,
-    eps: float,
-    norm: NormName | None,
-    largest_shift: int | None,
-    total_shift: int | None,
-    counts: bool,
-) -> _Budget:
-    if norm is not None:
-        check_choice("norm", norm, get_args(NormName))
-    check_switch("counts", counts)
-    return _Budget(
-        eps=eps,
-        norm=norm,
-        largest_shift=largest_shift,
-        total_shift=total_shift,
-        counts=counts,
+    request = Request(
+        suite,
+        threat,
+        dataset,
+        seed=check_seed("seed", seed),
+        draws=check_count("draws", draws),
+        faults=faults,
+        steps=check_count("steps", steps),
+        folder=check_folder("folder", folder),
     )
+    with given.ready(data, request) as (subject, asked):
+        return stress_network(subject, data, asked)
+
+
+def _norms(data: Data) -> tuple[NormName, ...]:
+    """All norms, first that of a number: changed events for event frames, else Linf."""
+    return ("L0" if _holds_frames(data) else "Linf", *get_args(NormName))
+
+
+def _threats(eps: Threat | Iterable[Threat], data: Data) -> list[ThreatModel]:
+    """One or several that differ in their radius alone, in increasing order."""
+    norms = _norms(data)
+    threats = sorted({as_threat(one, *norms) for one in several(eps)}, key=lambda one: one.eps)
+    if not threats:
+        raise ValueError("eps must hold a radius or more, got none; give one such as '8/255'")
+    for one in threats:
+        if replace(one, eps=threats[-1].eps) != threats[-1]:
+            raise ValueError(f"eps must be threats that differ in eps alone, got {threats}")
+    return threats
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A network as it was given, with what a bare one needs beside it."""
+    """A network as it was given, with what a bare one needs beside it, and what shows it."""
 
     model: nn.Module
     T: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-
-
-def _given(model: nn.Module, *, T: int | None, mean: Channels, std: Channels) -> _Given:
-    check_network(model, "model")
-    return _Given(
-        model=model,
-        T=check_steps(T),
-        mean=check_channels("mean", mean),
-        std=check_channels("std", std, positive=True),
-    )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How a network is measured, and what the report calls it."""
-
-    draws: int | None
-    seed: int
-    folder: Path | None
     name: str | None
-    dataset: str
     progress: bool
+    decay: Mapping[NeuronKey, float] | None = None
+    gain: Mapping[NeuronKey, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_network(self.model, "model")
+        if self.name is not None:
+            check_text("name", self.name)
+        check_switch("progress", self.progress)
+
+    @contextmanager
+    def ready(self, data: Data, request: Request) -> Iterator[tuple[Subject, Request]]:
+        """The network as a classifier that has taken an image, in evaluation mode and full
+        precision, and the request with what is known of it then.
+        """
+        first = data[0][0]
+        classifier = as_classifier(self.model, self.T, mean=self.mean, std=self.std, images=first)
+        network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
+        kind = type(network).__name__
+        subject = Subject(self.name or kind, classifier, kind)
+        device = device_of(classifier)
+        with (
+            stated(network, self.decay, self.gain),
+            evaluation_mode(classifier),
+            full_precision(device),
+            _shown(self.progress) as watch,
+        ):
+            classes = check_fits(subject, first[:1].to(device), None, request.dataset)
+            check_classes(torch.tensor(data.labels), classes)
+            configuration = {
+                "T": self.T,
+                "mean": self.mean,
+                "std": self.std,
+                "decay": _by_name(self.decay),
+                "gain": _by_name(self.gain),
+            }
+            if isinstance(classifier, SpikingClassifier):
+                watch.say(f"{subject.name} {classifier.convention}")
+            try:
+                yield (
+                    subject,
+                    replace(request, classes=classes, configuration=configuration, watch=watch),
+                )
+            except KeyboardInterrupt as stopped:
+                remedy = "with folder=..., the evaluation could be resumed"
+                if request.folder is not None:
+                    remedy = f"the same call resumes from {request.folder}"
+                stopped.add_note(f"the network is unchanged; {remedy}")
+                raise
 
 
-def _settings(
-    *,
-    draws: int | None,
-    seed: int,
-    folder: str | Path | None,
-    name: str | None,
-    dataset: str,
-    progress: bool,
-) -> _Settings:
-    if name is not None:
-        check_text("name", name)
-    check_text("dataset", dataset)
-    check_switch("progress", progress)
-    return _Settings(
-        draws=None if draws is None else check_count("draws", draws),
-        seed=check_seed("seed", seed),
-        folder=check_folder("folder", folder),
-        name=name,
-        dataset=dataset,
-        progress=progress,
-    )
-
-
-def _data(x: Images, y: Tensor | None, batch_size: int, given: _Given, *, counts: bool) -> Data:
-    """The images, if they fit what was said of the network, which itself is not asked."""
-    data = given_data(x, y, check_count("batch_size", batch_size))
+def _check_fits(data: Data, threat: ThreatModel, given: _Given) -> None:
+    """Images fit what was said of the network, which itself is not asked."""
     first = data[0][0]
     if _holds_frames(data) or isinstance(given.model, SpikingEventClassifier):
-        check_frames(first, counts=counts)
+        check_frames(first, counts=threat.counts)
     else:
         check_number_of_channels(first, mean=given.mean, std=given.std)
-    return data
 
 
 def _holds_frames(data: Data) -> bool:
@@ -391,81 +368,6 @@ def _checked_faults(
                 f"{wanted.__name__}(kind, level){fits}"
             )
     return faults
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """The network in evaluation mode, number of its classes, and the display."""
-
-    subject: Subject
-    classes: int
-    settings: _Settings
-    configuration: dict[str, Any]
-    watch: Watch
-
-    def request(self, suite: str, threat: ThreatModel) -> Request:
-        """What is asked about it."""
-        return Request(
-            suite=suite,
-            threat=threat,
-            dataset=self.settings.dataset,
-            classes=self.classes,
-            seed=self.settings.seed,
-            draws=self.settings.draws,
-            folder=self.settings.folder,
-            configuration=self.configuration,
-            watch=self.watch,
-        )
-
-
-@contextmanager
-def _prepared(
-    given: _Given,
-    data: Data,
-    settings: _Settings,
-    *,
-    decay: Mapping[NeuronKey, float] | None = None,
-    gain: Mapping[NeuronKey, float] | None = None,
-) -> Iterator[_Prepared]:
-    """The network as a classifier that has taken an image; evaluation mode, full precision."""
-    first = data[0][0]
-    classifier = as_classifier(given.model, given.T, mean=given.mean, std=given.std, images=first)
-    network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
-    kind = type(network).__name__
-    subject = Subject(settings.name or kind, classifier, kind)
-    device = device_of(classifier)
-    with (
-        stated(network, decay, gain),
-        evaluation_mode(classifier),
-        full_precision(device),
-        _shown(settings.progress) as watch,
-    ):
-        classes = check_fits(subject, first[:1].to(device), None, settings.dataset)
-        check_classes(torch.tensor(data.labels), classes)
-        configuration = {
-            "T": given.T,
-            "mean": given.mean,
-            "std": given.std,
-            "decay": _by_name(decay),
-            "gain": _by_name(gain),
-        }
-        if isinstance(classifier, SpikingClassifier):
-            watch.say(f"{subject.name} {classifier.convention}")
-        try:
-            yield _Prepared(
-                subject=subject,
-                classes=classes,
-                settings=settings,
-                configuration=configuration,
-                watch=watch,
-            )
-        except KeyboardInterrupt as stopped:
-            if settings.folder is None:
-                remedy = "with folder=..., the evaluation could be resumed"
-            else:
-                remedy = f"the same call resumes from {settings.folder}"
-            stopped.add_note(f"the network is unchanged; {remedy}")
-            raise
 
 
 def _by_name(values: Mapping[NeuronKey, float] | None) -> dict[str, float]:

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.environment import device_of, environment
-from sj_robust.evaluation.run.corruptions import Corruption
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.data import Data
-from sj_robust.evaluation.run.faults import Fault
+from sj_robust.evaluation.run.faults import Corruption, Fault
 from sj_robust.evaluation.run.progress import Watch, rank_and_world_size
 from sj_robust.evaluation.subject import Subject, describe_network
 

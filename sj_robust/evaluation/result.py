@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.saved import plain
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.intervals import wilson_interval
 
 __all__ = ["DIGITS", "OVER_EPS", "Accuracy", "Evaluation", "Kind", "Point", "Row"]

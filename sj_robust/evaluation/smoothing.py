@@ -9,18 +9,17 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.gradient import pgd
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_count, check_labels, check_seed
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.eps import Radii, parse_radii
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.report.report import Report
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.identity import network_key
 from sj_robust.evaluation.run.loop import Asked, run
-from sj_robust.evaluation.run.member import Member
-from sj_robust.evaluation.run.variant import Variant
+from sj_robust.evaluation.run.member import Member, Variant
 from sj_robust.proofs.smoothing import ABSTAINED, SmoothedClassifier, Smoothing, smooth
 
 __all__ = ["smoothed_bracket"]
@@ -123,15 +122,14 @@ def smoothed_bracket(
 
 
 def _attack(radius: float, steps: int, eot_samples: int) -> Member:
+    threat = ThreatModel("L2", radius)
     attack = partial(
         pgd,
-        eps=radius,
-        norm="L2",
+        eps=threat,
         steps=steps,
         eot_samples=eot_samples,
         keep_best=False,  # the best of noisy draws would be a lucky one
     )
-    threat = ThreatModel("L2", radius)
     return Member(f"pgd@{radius:g}", attack, group="vote", threat=threat)
 
 

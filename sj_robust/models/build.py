@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
-from sj_robust.core.checks import check_choice
+from sj_robust.core.checks import check_choice, check_tau
 from sj_robust.core.convention import Takes
 from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import CODE_KEY, machine
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import full_precision, preserved, seeded_network
 from sj_robust.defences import (
+    ClippedReLU,
     EvolvingLeakNode,
     FrequencyEncoder,
     HomeostaticNode,
@@ -50,8 +51,12 @@ __all__ = [
 EncoderName = Literal["direct", "poisson", "feel", "rsc", "stod"]
 """Names of the encoders of images."""
 
-NeuronName = Literal["dlif", "lif", "if", "plif", "relu", "tgo", "feel", "hosnn", "stog"]
+NeuronName = Literal[
+    "dlif", "lif", "if", "plif", "relu", "clipped_relu", "tgo", "feel", "hosnn", "stog"
+]
 """Names of the neurons."""
+
+_WITHOUT_SPIKES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "clipped_relu": ClippedReLU}
 
 NETWORKS = ("small", "mlp", *VGG_FEATURES, *WIDE_RESNETS)
 """Names of the architectures of this package."""
@@ -74,10 +79,11 @@ class NetworkSpec:
             surrogate and a hard reset to 0; or the neuron of a defence of
             :mod:`sj_robust.defences`: ``"tgo"`` (``NoisyLIFNode``), ``"feel"``
             (``EvolvingLeakNode``), ``"hosnn"`` (``HomeostaticNode``), ``"stog"`` (LIF with a
-            ``StochasticGate`` behind it). ``"relu"`` builds an ordinary network with ReLU instead,
-            for T = 1, as a baseline without spikes. With ``"dlif"``, the IF, LIF and PLIF neurons
-            of your own network or of the model zoo are converted by ``replace_neurons``, which
-            keeps their own tau.
+            ``StochasticGate`` behind it). For T = 1, ``"relu"`` and ``"clipped_relu"``
+            (:class:`sj_robust.defences.ClippedReLU`) build an ordinary network instead, as a
+            baseline without spikes and for :func:`sj_robust.training.convert`. With ``"dlif"``, the
+            IF, LIF and PLIF neurons of your own network or of the model zoo are converted by
+            ``replace_neurons``, which keeps their own tau.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
         T: Number of time steps, or of frames per sample.
@@ -329,13 +335,14 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
     """A function that builds one neuron of the specification; keywords that it is called with
     replace the settings of the specification.
     """
-    if not (math.isinf(spec.tau) or spec.tau > 1):
-        raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
+    check_tau(spec.tau)
     kinds = _spiking_neurons(spec.T, float(spec.tau))
-    if spec.neuron == "relu":
+    if spec.neuron in _WITHOUT_SPIKES:
         if spec.T != 1:
-            raise ValueError(f"T must be 1 for relu, which has no state over time, got {spec.T}")
-        return nn.ReLU
+            raise ValueError(
+                f"T must be 1 for {spec.neuron}, which has no state over time, got {spec.T}"
+            )
+        return _WITHOUT_SPIKES[spec.neuron]
     if spec.neuron not in kinds:
         raise ValueError(
             f"neuron must be one of {', '.join(get_args(NeuronName))}, got {spec.neuron!r}"
@@ -449,7 +456,7 @@ def check_has_neuron(net: nn.Module, spec: NetworkSpec) -> None:
     """Raise ValueError if a network of one's own does not have the neuron of its specification.
 
     A function that does not take ``spiking_neuron`` builds the same neurons whatever is asked for.
-    ``"dlif"`` replaces them, ``"lif"`` leaves them as they are, and ``"relu"`` has none.
+    ``"dlif"`` replaces them, ``"lif"`` leaves them as they are, and a ReLU has none.
 
     Examples:
         >>> own = NetworkSpec("mynet.py:build", neuron="tgo")
@@ -462,7 +469,7 @@ the neurons with its argument spiking_neuron, or name the neuron that it has
     if not spec.is_own or spec.neuron == "dlif":
         return
     neurons = {type(module) for module in net.modules() if is_neuron(module)}
-    if spec.neuron in ("lif", "relu"):
+    if spec.neuron in ("lif", *_WITHOUT_SPIKES):
         has_it = bool(neurons) == (spec.neuron == "lif")
     else:
         asked = StochasticGate if spec.neuron == "stog" else type(_neuron(spec)())

@@ -9,7 +9,7 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import nn
 
-from sj_robust.core.checks import check_count
+from sj_robust.core.checks import check_choice, check_count
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
 from sj_robust.neuron import Stage
 from sj_robust.neuron.charging import has_known_dynamics, read_charging
@@ -237,8 +237,7 @@ class VGG(ConvChain):
         **arguments: Any,
     ) -> None:
         """Build the network; see the class."""
-        if name not in VGG_FEATURES:
-            raise ValueError(f"name must be one of {', '.join(VGG_FEATURES)}, got {name!r}")
+        check_choice("name", name, VGG_FEATURES)
         super().__init__(
             image_shape, classes, features=VGG_FEATURES[name], hidden=hidden, **arguments
         )

@@ -30,9 +30,6 @@ _RUN = (
 )
 """Parts of a checkpoint from which a run can be resumed."""
 
-_LATER: dict[str, Any] = {"options.counts": False}
-"""Options that checkpoints of earlier releases lack, with the value that means what these did."""
-
 _NOT_ALWAYS_RECORDED = ("images and labels", CODE_KEY)
 """Parts of a description that are compared only where both have them: checkpoints of earlier
 releases lack them, and code has another digest for each version of Python.
@@ -107,9 +104,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint version {content.get('version')}, this release reads "
             f"{_VERSION}; update sj_robust"
         )
-    digest = content.pop("digest", None)  # older files have none
+    digest = content.pop("digest", None)
     saved = {name: content[name] for name in content if name not in ("format", "version")}
-    if digest is not None and digest != _digest(saved):
+    if digest != _digest(saved):
         raise ValueError(
             f"{path} is damaged: it does not hold what was saved; use another checkpoint"
         )
@@ -148,8 +145,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple
         What could not be compared, since the checkpoint does not record it.
     """
     new = _flat(wanted)
-    later = {name: value for name, value in _LATER.items() if name in new}
-    old = later | _flat(saved)
+    old = _flat(saved)
     unrecorded = []
     names = []
     for name in new | old:
@@ -163,15 +159,9 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple
     if not names:
         return tuple(unrecorded)
     differences = [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names]
-    remedy = "resume with the same ones, or start a new run in another folder"
-    unknown = [name for name in names if name not in old]
-    if unknown:
-        remedy += (
-            f"; if the run is of a release without {', '.join(unknown)}, resume it with that "
-            "release"
-        )
     raise ValueError(
-        f"the checkpoint is of a run with other options ({', '.join(differences)}); {remedy}"
+        f"the checkpoint is of a run with other options ({', '.join(differences)}); resume with "
+        "the same ones, or start a new run in another folder"
     )
 
 

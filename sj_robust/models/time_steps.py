@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.checks import check_count
 from sj_robust.core.host import functional, invalidate_reset_cache, layer, neuron
 
 __all__ = ["keep_time_steps", "set_time_steps"]
@@ -64,8 +65,7 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
         >>> net[0].input_gain.tolist()
         [1.0, 0.5, 0.5, 0.5]
     """
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-        raise ValueError(f"T must be an integer >= 1, got {T!r}")
+    check_count("T", T)
     return _changed(net, T, lambda steps: [min(t, steps - 1) for t in range(T)])
 
 

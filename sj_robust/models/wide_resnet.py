@@ -7,6 +7,7 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
+from sj_robust.core.checks import check_count
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
 from sj_robust.neuron import Stage
 
@@ -65,10 +66,7 @@ class WideResNet(DirectlyEncoded):
             raise ValueError(
                 f"depth must be 6 n + 4 for a whole n >= 1, got {depth}; pass {nearest}"
             )
-        if widen_factor < 1:
-            raise ValueError(
-                f"widen_factor must be >= 1, got {widen_factor}; the paper has 4 and 10"
-            )
+        check_count("widen_factor", widen_factor)
         node = neuron_builder(spiking_neuron, T, neuron_kwargs)
         self.T = T
         self.first = layer.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)

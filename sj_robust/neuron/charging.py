@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from sj_robust.core.checks import check_network
+from sj_robust.core.checks import check_network, check_number
 from sj_robust.core.host import is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode, Spiking, describe_surrogate
 from sj_robust.ops import Surrogate
@@ -401,11 +401,8 @@ def _check_given(
             if not isinstance(module, neuron.BaseNode) or not emits_spikes(module):
                 reason = _reason(module, offers_decay=True)
                 raise ValueError(f"decay: {key!r} cannot be followed by a decay alone: {reason}")
-        if not 0.0 < value <= 1.0:
-            raise ValueError(
-                f"decay of {key!r} must be in (0, 1], got {value}; a time constant tau means "
-                "decay 1 - 1 / tau"
-            )
+        remedy = "a time constant tau means decay 1 - 1 / tau"
+        check_number(f"decay of {key!r}", value, above=0.0, most=1.0, remedy=remedy)
     for key in gain:
         if key not in decay:
             raise ValueError(

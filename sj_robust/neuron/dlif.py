@@ -1,22 +1,31 @@
 """DLIF as a SpikingJelly neuron."""
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
 
 from sj_robust import ops
-from sj_robust.core.checks import check_surrogate, of_other_steps
-from sj_robust.core.host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
-from sj_robust.core.preserved import within_backward
+from sj_robust.core.checks import (
+    check_count,
+    check_number,
+    check_surrogate,
+    check_tau,
+    of_other_steps,
+)
+from sj_robust.core.host import (
+    cuda_threads,
+    is_counted,
+    lif_multi_step,
+    neuron,
+    surrogate,
+    within_backward,
+)
 from sj_robust.ops.dlif import operator as dlif
-from sj_robust.ops.dlif.config import Outputs, state_dtype
-from sj_robust.ops.surrogate import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES, Outputs, state_dtype
 
 __all__ = ["DLIFNode", "Gradient", "Spiking", "describe_surrogate"]
 
@@ -118,7 +127,12 @@ class DLIFNode(neuron.BaseNode):
         """Build the neuron; see the class."""
         v_threshold = _number("v_threshold", v_threshold)
         v_reset = _number("v_reset", v_reset)
-        _check_arguments(T, tau, v_threshold, v_reset, input_gain_init)
+        check_count("T", T, remedy="it comes before tau, as in DLIFNode(T=4, tau=2.0)")
+        check_tau(tau)
+        check_number("v_threshold", v_threshold)
+        if v_reset is not None:
+            check_number("v_reset", v_reset, remedy="None is a soft reset")
+        check_number("input_gain_init", input_gain_init)
         check_surrogate(surrogate_function)
         super().__init__(
             v_threshold=float(v_threshold),
@@ -419,35 +433,6 @@ def describe_surrogate(function: Any) -> ops.Surrogate:
     return ops.Surrogate(kind, alpha=function.alpha)
 
 
-def _check_arguments(
-    T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float
-) -> None:
-    if isinstance(T, bool) or not isinstance(T, Integral) or T < 1:
-        raise ValueError(
-            f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it "
-            "comes before tau, as in DLIFNode(T=4, tau=2.0)"
-        )
-    if not _is_number(tau):
-        raise TypeError(f"tau must be a number > 1, got {tau!r}; write a number such as tau=2.0")
-    for name, level in {"v_threshold": v_threshold, "input_gain_init": input_gain_init}.items():
-        if not _is_number(level):
-            raise TypeError(f"{name} must be a number, such as 1.0, got {level!r}")
-    if v_reset is not None and not _is_number(v_reset):
-        raise TypeError(f"v_reset must be a number, or None for a soft reset, got {v_reset!r}")
-    if math.isnan(tau) or tau <= 1.0:
-        decay = f"for a decay of {tau} pass tau={1 / (1 - tau):.6g}" if 0.0 < tau < 1.0 else ""
-        raise ValueError(
-            f"tau must be > 1, got {tau}; "
-            f"{decay or 'the decay is 1 - 1 / tau, math.inf means no leak'}"
-        )
-    if not math.isfinite(v_threshold):
-        raise ValueError(f"v_threshold must be finite, got {v_threshold}")
-    if v_reset is not None and not math.isfinite(v_reset):
-        raise ValueError(f"v_reset must be finite, or None for a soft reset, got {v_reset}")
-    if not math.isfinite(input_gain_init):
-        raise ValueError(f"input_gain_init must be finite, got {input_gain_init}")
-
-
 class _MissingGain(str):
     """Key of a gain that weights lack; torch's message, which formats it, has the remedy too.
 
@@ -467,10 +452,6 @@ class _MissingGain(str):
             f"{self!s}: the weights are those of a network without DLIF neurons; load them into "
             f"a network of their own neurons, and then call replace_neurons(net, T={self.T})"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real | Tensor) and not isinstance(value, bool)
 
 
 def _number(name: str, level: Any) -> Any:

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sj_robust.core.checks import check_choice, check_number
 from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.ops.recurrence import charge, fire, reset
 
 __all__ = [
+    "NORMS",
+    "Norm",
     "full_perturbation",
     "membrane_potential",
     "ms_mppd",
@@ -19,6 +22,10 @@ __all__ = [
     "spike_train_distance",
     "tasad",
 ]
+
+Norm = Literal["l2", "l1"]
+"""Mean square, or mean absolute value."""
+NORMS = get_args(Norm)
 
 
 def simplified_perturbation(
@@ -55,7 +62,7 @@ def simplified_perturbation(
         tensor([0.1000, 0.1500, 0.1750])
     """
     _check_pair("x_seq", x_seq, x_seq_perturbed)
-    _check_decay(decay)
+    check_number("decay", decay, above=0.0, most=1.0)
     gains = _gain_per_step(gain, x_seq.shape[0])
     dtype = state_dtype(x_seq)
     if not isinstance(decay, Tensor) and not isinstance(gain, Tensor):
@@ -119,7 +126,7 @@ def membrane_potential(
     """
     if spike_seq is not None:
         _check_pair("x_seq and spike_seq", x_seq, spike_seq)
-    _check_decay(decay)
+    check_number("decay", decay, above=0.0, most=1.0)
     gains = _gain_per_step(gain, x_seq.shape[0])
     start = v_init if v_init is not None else v_reset or 0.0
     v = torch.zeros_like(x_seq[0], dtype=state_dtype(x_seq)) + start
@@ -159,7 +166,7 @@ def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
     return v_seq - v_seq_perturbed
 
 
-def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
+def ms_mppd(eps: Tensor, norm: Norm = "l2") -> Tensor:
     """Mean square of the perturbation over time, batch and features, or its mean absolute value.
     扰动的均方值。
 
@@ -178,11 +185,9 @@ def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
         >>> ms_mppd(torch.tensor([1.0, -2.0])), ms_mppd(torch.tensor([1.0, -2.0]), norm="l1")
         (tensor(2.5000), tensor(1.5000))
     """
-    if norm == "l2":
+    if check_choice("norm", norm, NORMS) == "l2":
         return F.mse_loss(eps, eps.new_zeros(()).expand_as(eps))  # backward in one pass
-    if norm == "l1":
-        return eps.abs().mean()
-    raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
+    return eps.abs().mean()
 
 
 def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
@@ -265,15 +270,6 @@ def _check_pair(name: str, first: Tensor, second: Tensor) -> None:
         raise ValueError(
             f"{name}: there must be at least one time step in dimension 0, got shape "
             f"{tuple(first.shape)}"
-        )
-
-
-def _check_decay(decay: float | Tensor) -> None:
-    value = float(decay.detach()) if isinstance(decay, Tensor) else decay
-    if not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"decay must be in (0, 1], got {value}; a neuron of time constant tau has decay 1 - "
-            "1 / tau"
         )
 
 

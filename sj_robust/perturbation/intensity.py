@@ -8,21 +8,48 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.checks import check_counts
 from sj_robust.core.eps import Radii, parse_radii
 from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.saved import SavedResult, markdown_table
+from sj_robust.perturbation import dynamics
 from sj_robust.perturbation._recording import Layers
-from sj_robust.perturbation.association import Association, auroc, pearson, spearman
-from sj_robust.perturbation.indicators import neuron_indicators, over_neurons
+from sj_robust.perturbation._statistics import LayerTrace
 from sj_robust.perturbation.monitor import MPPDMonitor
 
-__all__ = ["IntensityCorrelation", "Perturbation", "intensity_correlation"]
+__all__ = [
+    "INDICATORS",
+    "Association",
+    "IntensityCorrelation",
+    "Perturbation",
+    "intensity_correlation",
+    "neuron_indicators",
+]
 
 Perturbation = Callable[[Tensor, Tensor, float], Tensor]
 """Images, their classes and a size to perturbed images."""
 
+INDICATORS = ("mppd_l1", "mppd_l2", "mppd_max", "full", "std", "tasad")
+"""Names of the indicators, see :func:`neuron_indicators`."""
+
 _MEASURES = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
 _MOST_NEURONS = 64
+
+
+@dataclass(frozen=True)
+class Association:
+    """One figure with its 95 % bootstrap interval; None where it is not defined.
+    关联度及其置信区间。
+
+    Attributes:
+        value: On all images.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +187,7 @@ def intensity_correlation(
         >>> round(study.associations["brighter"]["net.2"]["mppd_l1"]["per_image"].value, 6)
         1.0
     """
-    _check_counts(batch_size=batch_size, resamples=resamples)
+    check_counts(batch_size=batch_size, resamples=resamples)
     sizes = _checked_sizes(eps)
     if not perturb:
         raise ValueError("perturb must name at least one direction, such as {'gaussian': ...}")
@@ -268,7 +295,7 @@ class _Probe:
                     value = found.cpu()
                     # In float64 the sum is exact enough that equal samples stay equal, which
                     # ranks depend on.
-                    of_layer = over_neurons(name, value.double())
+                    of_layer = _over_neurons(name, value.double())
                     indicators[layer, name].append(of_layer)
                     drawn = self._drawn_of(value.shape[1])
                     single[layer, name].append(value[:, drawn])
@@ -346,7 +373,7 @@ def _per_neuron(single: Tensor, sizes: Sequence[float], resamples: int, seed: in
     """Mean over neurons of the correlation of their indicator [sizes, N, K] with the size."""
     size = torch.tensor(sizes).repeat_interleave(single.shape[1])
     by_neuron = single.flatten(0, 1).T
-    each = spearman(by_neuron, size).nan_to_num(0.0)
+    each = _spearman(by_neuron, size).nan_to_num(0.0)
     drawn = _drawn_again(len(each), resamples, seed)
     again = each[drawn].mean(1)
     low, high = again.quantile(_ends(again.dtype)).tolist()
@@ -371,13 +398,13 @@ def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
     size = torch.tensor(sizes, dtype=values.dtype)
     flat = values.flatten(1)
     flat_size = size[:, None].expand_as(wrong).flatten()
-    per_image = spearman(values.transpose(1, 2), size).nan_to_num(0.0)
+    per_image = _spearman(values.transpose(1, 2), size).nan_to_num(0.0)
     measures = (
-        spearman(flat, flat_size),
-        pearson(flat, flat_size),
+        _spearman(flat, flat_size),
+        _pearson(flat, flat_size),
         per_image.mean(1),
-        auroc(flat[:, None], wrong.flatten()[None]),
-        auroc(values, wrong),
+        _auroc(flat[:, None], wrong.flatten()[None]),
+        _auroc(values, wrong),
     )
     return torch.stack(measures, dim=1)
 
@@ -411,7 +438,95 @@ def _checked_sizes(eps: Radii) -> list[float]:
     return sizes
 
 
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
+    """Every indicator of a layer's perturbation for every sample and neuron. 逐神经元的扰动指标。
+
+    Equation, with ``eps`` the simplified perturbation, ``d`` the full one and means over time::
+
+        mppd_l1 = mean |eps|    mppd_l2 = mean eps^2    mppd_max = max |eps|    full = mean d^2
+        std = mean |s - s~|     tasad = |mean s - mean s~|
+
+    Args:
+        trace: One pair of runs of the layer, from :func:`spike_traces` or
+            ``MPPDMonitor(net, keep="trace")``.
+
+    Returns:
+        Tensors [N, features] by the names in :data:`INDICATORS`.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
+
+    Examples:
+        >>> import torch
+        >>> from spikingjelly.activation_based import neuron
+        >>> from sj_robust.perturbation import spike_traces
+        >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
+        >>> layer = spike_traces(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
+        >>> {name: value.item() for name, value in neuron_indicators(layer).items()}
+        {'mppd_l1': 0.375, 'mppd_l2': 0.15625, 'mppd_max': 0.5, 'full': 0.03125,
+        'std': 0.0, 'tasad': 0.0}
+    """
+    eps = trace.eps.flatten(2)
+    size = eps.abs()
+    full = trace.full.flatten(2)
+    spikes = trace.spike_seq.float().flatten(2)
+    spikes_perturbed = trace.spike_seq_perturbed.float().flatten(2)
+    return {
+        "mppd_l1": size.mean(0),
+        "mppd_l2": eps.square().mean(0),
+        "mppd_max": size.amax(0),
+        "full": full.square().mean(0),
+        "std": dynamics.spike_train_distance(spikes, spikes_perturbed),
+        "tasad": dynamics.tasad(spikes, spikes_perturbed),
+    }
+
+
+def _over_neurons(name: str, value: Tensor) -> Tensor:
+    """One number per sample of an indicator [N, features]: its mean, for ``mppd_max`` the
+    maximum.
+    """
+    return value.amax(1) if name == "mppd_max" else value.mean(1)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 along the last dimension; equal values share the mean of their ranks."""
+    ordered = values.sort(-1).values.contiguous()
+    values = values.contiguous()
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to + 1).double() / 2
+
+
+def _pearson(first: Tensor, second: Tensor) -> Tensor:
+    """Linear correlation along the last dimension; NaN where one side does not vary."""
+    first = first.double()
+    second = second.double()
+    first = first - first.mean(-1, keepdim=True)
+    second = second - second.mean(-1, keepdim=True)
+    scale = first.norm(dim=-1) * second.norm(dim=-1)
+    correlation = (first * second).sum(-1) / scale
+    return torch.where(scale > 0, correlation.clamp(-1, 1), torch.nan)
+
+
+def _spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Correlation of the ranks along the last dimension; NaN where one side does not vary."""
+    return _pearson(_ranks(first), _ranks(second))
+
+
+def _auroc(scores: Tensor, positive: Tensor) -> Tensor:
+    """Probability that a positive scores higher than a negative of the same stratum, ties counting
+    a half.
+
+    Equation: ``sum_k U_k / sum_k P_k N_k`` with Mann and Whitney's U of each stratum.
+
+    Args:
+        scores: [*, strata, N].
+        positive: [strata, N], boolean.
+
+    Returns:
+        [*]; NaN without a pair of a positive and a negative.
+    """
+    count = positive.double().sum(-1)
+    rank_sum = (_ranks(scores) * positive).sum(-1)
+    above = rank_sum - count * (count + 1) / 2
+    pairs = count * (positive.shape[-1] - count)
+    return above.sum(-1) / pairs.sum()

@@ -13,6 +13,7 @@ from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (
     Channels,
     check_channels,
+    check_choice,
     check_network,
     check_number_of_channels,
     check_steps,
@@ -26,6 +27,7 @@ from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron, stated
 from sj_robust.neuron.watching import register_watcher
 from sj_robust.perturbation._recording import Layers, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
+from sj_robust.perturbation.dynamics import NORMS, Norm
 from sj_robust.perturbation.pair import Indicator, LayerPair, NotFollowedError
 
 __all__ = ["MPPDMonitor", "compare_potentials"]
@@ -188,8 +190,7 @@ class MPPDMonitor:
     ) -> None:
         """Find the neurons and hook them; see the class."""
         self.hooks: list[RemovableHandle] = []
-        if keep not in ("statistics", "trace", "loss"):
-            raise ValueError(f"keep must be 'statistics', 'trace' or 'loss', got {keep!r}")
+        check_choice("keep", keep, ("statistics", "trace", "loss"))
         with stated(net, decay, gain):
             neurons, self.unsupported, spiking = find_neurons(net, offers_decay=True)
         self.monitored_layers = list(neurons)
@@ -319,7 +320,7 @@ class MPPDMonitor:
     def loss(
         self,
         layers: Layers = "last",
-        norm: Literal["l2", "l1"] = "l2",
+        norm: Norm = "l2",
         input_gain: bool = False,
         *,
         indicator: Indicator = "mppd",
@@ -360,8 +361,7 @@ class MPPDMonitor:
             RuntimeError: If there is no complete pair, the last spiking layer cannot be followed,
                 or a layer ran without gradients though the run had them when it began.
         """
-        if norm not in ("l2", "l1"):
-            raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
+        check_choice("norm", norm, NORMS)
         pairs = self._recording.chosen(layers)
         self._check_graph(pairs)
         values = [pair.loss(norm, input_gain=input_gain, indicator=indicator) for pair in pairs]

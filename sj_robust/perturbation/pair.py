@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sj_robust.core.checks import check_choice
 from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.watching import SpikingCall
 from sj_robust.ops.dlif.config import state_dtype
@@ -167,12 +168,11 @@ class LayerPair:
         if self.totals is not None:
             self.trace = self.totals.close()
 
-    def loss(self, norm: Literal["l2", "l1"], *, input_gain: bool, indicator: Indicator) -> Tensor:
+    def loss(self, norm: dynamics.Norm, *, input_gain: bool, indicator: Indicator) -> Tensor:
         """MS-MPPD of the layer or a distance of its spikes; the gradient reaches the perturbed run
         only.
         """
-        if indicator not in get_args(Indicator):
-            raise ValueError(f"indicator must be one of {get_args(Indicator)}, got {indicator!r}")
+        check_choice("indicator", indicator, get_args(Indicator))
         if indicator != "mppd":
             return self._spike_loss(indicator, norm)
         if not self._perturbed:
@@ -189,7 +189,7 @@ class LayerPair:
         )
         return dynamics.ms_mppd(eps, norm)
 
-    def _spike_loss(self, indicator: Indicator, norm: Literal["l2", "l1"]) -> Tensor:
+    def _spike_loss(self, indicator: Indicator, norm: dynamics.Norm) -> Tensor:
         if not self._kept.spikes:
             raise ValueError(
                 f"indicator={indicator!r} needs the spikes: build the monitor with spikes=True"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from sj_robust.core.checks import check_choice
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style
 from sj_robust.perturbation._statistics import LayerTrace, counted
@@ -115,8 +116,7 @@ class Traces(Shown, dict[str, LayerTrace]):
         Raises:
             ValueError: If there is no such drawing or pair.
         """
-        if which not in ("spikes", "potential"):
-            raise ValueError(f"which must be 'spikes' or 'potential', got {which!r}")
+        check_choice("which", which, ("spikes", "potential"))
         count = next(iter(self.values())).spike_seq.shape[1] if self else 0
         if not 0 <= sample < count:
             raise ValueError(f"sample must be from 0 to {count - 1}, got {sample}")

@@ -1,9 +1,8 @@
 """Proofs that no perturbation within a ball changes the class of an image."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +26,16 @@ from sj_robust.core.checks import (
     check_network,
     check_number_of_channels,
     check_samples,
-    check_shift,
     check_size,
     check_steps,
-    check_switch,
     is_compiled,
 )
 from sj_robust.core.environment import device_of
-from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.eps import eps_text
 from sj_robust.core.preserved import evaluation_mode
 from sj_robust.core.saved import markdown_table
 from sj_robust.core.shown import Shown, heat_map, new_figure
+from sj_robust.core.threat import NormName, Threat, ThreatModel, as_threat
 from sj_robust.neuron.charging import Neuron, NeuronKey, is_neuron, stated
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
@@ -49,9 +47,10 @@ from sj_robust.proofs.soundness import UnprovableError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NormName", "Verification", "verify"]
+__all__ = ["PROVABLE", "Verification", "ball_of", "verify"]
 
-NormName = Literal["Linf", "L0", "moves"]
+PROVABLE: tuple[NormName, ...] = ("Linf", "L0", "moves")
+"""Norms of the balls in which something is proved."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +58,7 @@ class Verification(Shown):
     """Result of :func:`verify`. 验证结果。
 
     Attributes:
-        eps: Linf radius, or the number of values that may change (L0) or of events that may move.
+        threat: The ball, in Linf, L0 or moves.
         correct: Whether each image is classified correctly without a perturbation.
         margin: For every image, a lower bound of the lead of the true class's logit over every
             other one, under any perturbation; > 0 is a proof.
@@ -69,25 +68,18 @@ class Verification(Shown):
             network misclassifies.
         broken: Whether such an image is known; it is the image itself if that is misclassified.
         stepwise: Layers whose joint bounds are those of single steps, with the reason.
-        norm: ``"Linf"``, ``"L0"`` or ``"moves"``.
         apart: For L0 and moves, layers whose bounds give single values or steps their own budgets,
             with the reason.
-        largest_shift: For moves, the largest number of frames by which an event moves; None for no
-            limit.
-        counts: Whether event frames hold numbers of events.
     """
 
-    eps: float
+    threat: ThreatModel
     correct: tuple[bool, ...]
     margin: tuple[float, ...]
     layers: tuple[BoundedLayer, ...]
     x_adv: Tensor = field(repr=False, compare=False)
     broken: tuple[bool, ...]
     stepwise: tuple[str, ...] = ()
-    norm: NormName = "Linf"
     apart: tuple[str, ...] = ()
-    largest_shift: int | None = None
-    counts: bool = False
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -118,9 +110,14 @@ class Verification(Shown):
     @property
     def _threat(self) -> str:
         """The ball in words."""
-        shift = "" if self.largest_shift is None else f" by {self.largest_shift} frames at most"
-        counted = " in frames of event counts" if self.counts else ""
-        return f"{self.norm} {eps_text(self.eps)}{shift}{counted}"
+        threat = self.threat
+        limits = ""
+        if threat.largest_shift is not None:
+            limits += f" by {threat.largest_shift} frames at most"
+        if threat.total_shift is not None:
+            limits += f", by {threat.total_shift} frames in total"
+        counted = " in frames of event counts" if threat.counts else ""
+        return f"{threat.norm} {eps_text(threat.eps)}{limits}{counted}"
 
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
@@ -172,14 +169,11 @@ def verify(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps: float | str,
+    eps: Threat,
     *,
     T: int | None = None,
     mean: Channels = None,
     std: Channels = None,
-    norm: NormName = "Linf",
-    largest_shift: int | None = None,
-    counts: bool = False,
     method: Method = "joint",
     time_limit: float = 10.0,
     batch_size: int = 64,
@@ -190,10 +184,11 @@ def verify(
     """Prove, image by image, that no perturbation of at most ``eps`` changes the class.
     证明图像在扰动球内不被误分类。
 
-    With ``norm="L0"`` images are binary event frames, of which at most ``eps`` values change. With
-    ``norm="moves"`` at most ``eps`` events of event frames move in time, each by at most
-    ``largest_shift`` frames. With ``counts``, frames hold numbers of events; each change adds or
-    removes one event, and any number may move to one place. ``docs/concepts/verified_events.md``
+    With ``ThreatModel("L0", k)`` images are binary event frames, of which at most k values change.
+    With ``ThreatModel("moves", k, largest_shift=s)`` at most k events of event frames move in time,
+    each by at most s frames; a total shift of S frames allows S moves at most, each by S frames at
+    most, which is what is proved. With ``counts``, frames hold numbers of events; each change adds
+    or removes one event, and any number may move to one place. ``docs/concepts/verified_events.md``
     derives how far this can change the currents of the first layer.
 
     Equation: the input lies in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds are propagated
@@ -231,15 +226,11 @@ def verify(
         x: Images [N, C, H, W] or features [N, F] in [0, 1]; for a ``SpikingEventClassifier``,
             frames [N, T, C, H, W].
         y: Labels [N] int64.
-        eps: Linf radius, >= 0, a number or a string such as ``"8/255"``; for L0 the number of
-            values per sample that may change, or of events added and removed, for moves the number
-            of events per sample that may move, an integer >= 0.
+        eps: Linf radius, >= 0, a number or a string such as ``"8/255"``; or a ``ThreatModel`` in
+            Linf, L0 or moves.
         T: Number of time steps, for a bare network; None if it has its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        norm: ``"Linf"``, ``"L0"`` for changed events, or ``"moves"`` for events moved in time.
-        largest_shift: For moves, frames by which an event may move, >= 1; None for any number.
-        counts: For L0 and moves, whether frames hold numbers of events, and not 0 or 1.
         method: "ibp", "joint" or "mip".
         time_limit: Seconds per image for mip; an image that needs more counts as unknown.
         batch_size: Images at a time; memory grows with it, not with N.
@@ -255,8 +246,8 @@ def verify(
         TypeError: If ``model`` has no spiking neurons and is not a ``SpikingClassifier``.
         ValueError: If a bare network comes without T; if the model is in training mode, is not in
             float32, draws random numbers or changes its own parameters or buffers in a forward; if
-            images or labels do not fit, eps < 0, or norm or method is unknown; for L0 and moves, if
-            eps is not an integer, or the frames are not binary, or with ``counts`` not numbers of
+            images or labels do not fit, ``eps`` is out of range or in L2, or the method is unknown;
+            for L0 and moves, if the frames are not binary, or with ``counts`` not numbers of
             events.
         UnsoundBoundsError: If the network contradicts its bounds: a neuron does not follow its
             charge equation, or at a point of the ball the network differs from its recorded
@@ -284,9 +275,7 @@ def verify(
         (True,)
     """
     check_network(model, "model")
-    check_choice("norm", norm, get_args(NormName))
-    check_switch("counts", counts)
-    ball = ball_of(norm, parse_eps(eps), largest_shift, counts=counts)
+    threat = as_threat(eps, *PROVABLE)
     T = check_steps(T)
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
     batch_size = check_count("batch_size", batch_size)
@@ -297,14 +286,13 @@ def verify(
     check_function("on_batch", on_batch)
     classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
     with stated(classifier.net, decay, gain), evaluation_mode(classifier):
-        neurons = _checked(classifier, x, y, of_events=norm != "Linf")
-        if norm == "moves" and not isinstance(classifier, SpikingEventClassifier):
+        neurons = _checked(classifier, x, y, of_events=threat.of_events)
+        if threat.norm == "moves" and not isinstance(classifier, SpikingEventClassifier):
             raise ValueError(
                 "moves are those of event frames; wrap the network in a "
                 f"SpikingEventClassifier, got a {type(classifier).__name__}"
             )
-        if not isinstance(ball, float):
-            ball = ball_of_frames(ball, x)
+        ball = ball_of(threat, x)
         check_number_of_channels(x, mean=mean, std=std)
         classifier.find_convention(x.to(device_of(classifier)))
         first = slice(0, batch_size)
@@ -318,10 +306,7 @@ def verify(
             if on_batch is not None:
                 on_batch(min(part.stop, len(x)))
     return Verification(
-        eps=parse_eps(eps),
-        norm=norm,
-        largest_shift=largest_shift,
-        counts=counts,
+        threat=threat,
         correct=tuple(proofs.correct),
         margin=tuple(proofs.margins),
         layers=proofs.layers,
@@ -332,40 +317,19 @@ def verify(
     )
 
 
-def ball_of(
-    norm: NormName, eps: float, largest_shift: int | None, *, counts: bool = False
-) -> float | Events:
-    """The ball around an image, or around frames that are not known yet."""
-    if largest_shift is not None:
-        if norm != "moves":
-            raise ValueError(
-                f"largest_shift limits moves of events, got {largest_shift!r} for {norm}; omit it"
-            )
-        check_count("largest_shift", largest_shift)
-    if counts and norm == "Linf":
-        raise ValueError("counts says what event frames hold, got it for Linf; omit it")
-    if norm == "Linf":
-        return check_size("eps", eps, at_most=1.0)
-    if eps < 0 or eps % 1:
-        what = "values that may change" if norm == "L0" else "events that may move"
-        raise ValueError(
-            f"eps must be an integer >= 0 for {norm}, the number of {what}, got {eps:g}"
-        )
-    if norm == "L0":
-        return Flips(int(eps), counts)
-    return MovedEvents(int(eps), sys.maxsize if largest_shift is None else largest_shift, counts)
-
-
-def ball_of_frames(ball: Events, x: Tensor) -> Events:
-    """The ball of these frames, which are binary, or numbers of events."""
-    check_events(x, counts=ball.counts)
-    if isinstance(ball, MovedEvents):
-        check_shift(None if ball.largest_shift == sys.maxsize else ball.largest_shift, x)
-        return MovedEvents.of(x, ball.budget, ball.largest_shift, counts=ball.counts)
-    elements = x[0].numel()
-    if ball.budget > elements and not ball.counts:
-        raise ValueError(f"eps must be <= {elements}, the values of a sample, got {ball.budget}")
-    return ball
+def ball_of(threat: ThreatModel, x: Tensor, radius: float | None = None) -> float | Events:
+    """What a threat allows for images, or for frames that are binary or numbers of events; with a
+    ``radius`` instead of its own, which may lie between two numbers of events.
+    """
+    eps = threat.eps if radius is None else radius
+    if threat.norm == "Linf":
+        return eps
+    check_events(x, counts=threat.counts)
+    if threat.norm == "L0":
+        return Flips(eps if threat.counts else min(eps, x[0].numel()), threat.counts)
+    limits = [limit for limit in (threat.largest_shift, threat.total_shift) if limit is not None]
+    moves = eps if threat.total_shift is None else min(eps, threat.total_shift)
+    return MovedEvents.of(x, moves, min(limits, default=None), counts=threat.counts)
 
 
 def _checked(

@@ -9,10 +9,11 @@ from sj_robust.defences.stod import TemporalOrthogonality
 from sj_robust.defences.tgo import ThresholdGuarding
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedOptions
+from sj_robust.training.conversion import convert
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
 from sj_robust.training.finetuning import finetune
 from sj_robust.training.journal import Journal
-from sj_robust.training.modes import MODES, flip_attacks, training_attack, validation_attacks
+from sj_robust.training.modes import MODES, event_attacks, training_attack, validation_attacks
 from sj_robust.training.objective import Objective
 from sj_robust.training.penalties import GradientSparsity, StabilityGain, WeightMagnitude, retract_
 
@@ -31,8 +32,9 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "WeightMagnitude",
+    "convert",
+    "event_attacks",
     "finetune",
-    "flip_attacks",
     "load_checkpoint",
     "retract_",
     "save_checkpoint",

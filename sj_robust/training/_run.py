@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust.attacks import Attack
-from sj_robust.core.host import from_reset
-from sj_robust.core.preserved import seeded_network
+from sj_robust.core.preserved import from_reset, seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.weights import weights
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.defences import deflate_
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
-from sj_robust.models.weights import as_named_in
 from sj_robust.training.batch_norm import measure_statistics, share_buffers
 from sj_robust.training.journal import EpochRecord, Journal
 from sj_robust.training.objective import Losses, Objective
@@ -32,8 +30,6 @@ from sj_robust.training.penalties import project_parameters_, retract_
 from sj_robust.training.plan import TrainingPlan
 from sj_robust.training.processes import (
     TrainingInterrupted,
-    choose_channels_last,
-    is_measured,
     mixed,
     random_state,
     set_random_state,
@@ -60,13 +56,8 @@ class TrainingRun:
         plan: TrainingPlan,
         accelerator: Accelerator,
         folder: Path,
-        journal: Journal,
         description: dict[str, Any],
-        channels_last: bool | None = None,
     ) -> None:
-        """``channels_last`` is the memory order that was measured to be faster when the run
-        began; None measures it.
-        """
         self.plan = plan
         self.accelerator = accelerator
         self.folder = folder
@@ -89,9 +80,7 @@ class TrainingRun:
         self.classes = splits.classes
         self.objective = objective
         self.classifier = objective.classifier
-        self.channels_last = plan.channels_last
-        if self.channels_last is None:
-            self.channels_last = self._faster_with_channels_last(splits, channels_last, journal)
+        self.channels_last = on_gpu if plan.channels_last is None else plan.channels_last
         if self.channels_last:
             store_channels_last(self.classifier)
         optimizer = _optimizer(objective, plan, accelerator.device)
@@ -113,27 +102,6 @@ class TrainingRun:
         self.stepped = False  # of the present epoch, not counting steps that a scaler left out
         self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64)
         self.history: list[EpochRecord] = []
-
-    def _faster_with_channels_last(
-        self, splits: ImageSplits, before: bool | None, journal: Journal
-    ) -> bool:
-        """Whether steps on the images that go through the network at a time take less so; where it
-        is measured, a resumed run keeps what it was ``before``.
-        """
-        parts = self.accelerator.num_processes * self.plan.accumulate
-        rows = min(self.plan.batch_size // parts, len(splits.train))
-        images = torch.stack([splits.train[i][0] for i in range(rows)])
-        measured = is_measured(images, self.accelerator)
-        if measured and before is not None:
-            return before
-        images = images.to(self.accelerator.device)
-        chosen = choose_channels_last(self.classifier, images, self.accelerator, self.plan.seed)
-        if measured:
-            journal.say(
-                f"memory order by the time of a few passes: --channels-last {chosen} repeats it "
-                "in another run"
-            )
-        return chosen
 
     def train_epoch(self, perturb: Attack | None, journal: Journal, received: list[int]) -> None:
         """The rest of the present epoch."""
@@ -166,11 +134,8 @@ class TrainingRun:
             validation = self.validation.accuracy(
                 self.classifier,
                 validation_attacks,
-                verified_eps=self.plan.verified_eps,
+                verified=self.plan.verified,
                 verified_method=self.plan.verified_method,
-                verified_norm=self.plan.verified_norm,
-                verified_shift=self.plan.verified_shift,
-                verified_counts=self.plan.verified_counts,
             )
         record = EpochRecord(
             epoch=self.epoch + 1,
@@ -228,7 +193,6 @@ class TrainingRun:
                 "sums": self.sums,
                 "history": [asdict(record) for record in self.history],
                 "random": states,
-                "channels_last": self.channels_last,
             }
             save_checkpoint(self.folder / name, content)
         self.accelerator.wait_for_everyone()
@@ -240,7 +204,7 @@ class TrainingRun:
                 f"the checkpoint does not record {', '.join(unrecorded)}: resumed without a "
                 "comparison"
             )
-        self.classifier.load_state_dict(as_named_in(self.classifier, content["model"]))
+        self.classifier.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         if self.accelerator.scaler is not None and content["scaler"] is not None:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.checks import check_choice, check_count, check_events, check_switch
+from sj_robust.core.checks import check_choice
 from sj_robust.core.preserved import draws_numbers, preserved
-from sj_robust.proofs.changes import Flips
+from sj_robust.core.threat import Threat, as_threat
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
-from sj_robust.proofs.moves import Events, MovedEvents
-from sj_robust.proofs.verification import NormName
+from sj_robust.proofs.verification import PROVABLE, ball_of
 from sj_robust.training.batch_norm import batch_statistics
 
 __all__ = ["CertifiedLoss", "CertifiedOptions"]
@@ -26,7 +25,7 @@ _START = 0.05
 
 @dataclass(frozen=True)
 class CertifiedOptions:
-    """Options of certified training, apart from the radius. 可验证训练的选项。
+    """Options of certified training, apart from the threat. 可验证训练的选项。
 
     Attributes:
         bounds: Method of :func:`sj_robust.proofs.verify` that computes the bounds: ``"ibp"``, or
@@ -39,10 +38,6 @@ class CertifiedOptions:
             in the ball; x~ is the perturbed image.
         attacked: Whether the first term of the loss is the cross entropy of perturbed images,
             clamped to the ball of the current radius, instead of clean images.
-        norm: ``"Linf"``, ``"L0"`` for changed events, or ``"moves"`` for events moved in time;
-            their number is the radius. In each time step, that many may change.
-        largest_shift: For moves, frames by which an event may move; None for any number.
-        counts: For L0 and moves, whether frames hold numbers of events, and not 0 or 1.
 
     Raises:
         ValueError: If a number is out of range.
@@ -62,9 +57,6 @@ class CertifiedOptions:
     ramp: float = 0.6
     box: float = 1.0
     attacked: bool = False
-    norm: NormName = "Linf"
-    largest_shift: int | None = None
-    counts: bool = False
 
     @property
     def needs_perturbed(self) -> bool:
@@ -74,7 +66,6 @@ class CertifiedOptions:
     def __post_init__(self) -> None:
         """Check the options."""
         check_choice("bounds", self.bounds, get_args(TrainedMethod))
-        check_choice("norm", self.norm, get_args(NormName))
         if not 0.0 < self.ramp <= 1.0 - _START:
             raise ValueError(
                 f"ramp must be in (0, {1.0 - _START}], got {self.ramp}; the first {_START} of the "
@@ -84,20 +75,6 @@ class CertifiedOptions:
             raise ValueError(
                 f"box must be in (0, 1], got {self.box}; SABR uses 0.1 to 0.7, and 1 is the ball"
             )
-        if self.norm != "Linf" and self.needs_perturbed:
-            raise ValueError(
-                f"box and attacked belong to Linf, got them for {self.norm}, where events are "
-                "there or not; omit them"
-            )
-        if self.largest_shift is not None:
-            if self.norm != "moves":
-                raise ValueError(
-                    f"largest_shift limits moves of events, got it for {self.norm}; omit it"
-                )
-            check_count("largest_shift", self.largest_shift)
-        check_switch("counts", self.counts)
-        if self.counts and self.norm == "Linf":
-            raise ValueError("counts says what event frames hold, got it for Linf; omit it")
         if not 0.0 < self.surrogate_width < float("inf"):
             raise ValueError(
                 f"surrogate_width must be > 0 and finite, got {self.surrogate_width}; 0.5 is half "
@@ -122,8 +99,9 @@ class CertifiedLoss:
 
     Args:
         classifier: The network.
-        eps: Radius at the end, >= 0.
-        options: Options of certified training, including the norm of the radius.
+        eps: Linf radius at the end, or a ``ThreatModel`` in Linf, L0 or moves; in each time step,
+            that many events may change or move.
+        options: Options of certified training.
 
     Attributes:
         progress: Completed share of the training, in [0, 1]; set by the training loop.
@@ -149,22 +127,16 @@ class CertifiedLoss:
     def __init__(
         self,
         classifier: SpikingClassifier,
-        eps: float,
+        eps: Threat,
         options: CertifiedOptions = CertifiedOptions(),
     ) -> None:
         """Find the neurons; see the class."""
-        if options.norm != "Linf" and not eps >= 0.0:
-            what = "changed" if options.norm == "L0" else "moved"
+        self.threat = as_threat(eps, *PROVABLE)
+        if self.threat.of_events and options.needs_perturbed:
             raise ValueError(
-                f"certified_eps must be >= 0 for {options.norm}, the number of {what} events, got "
-                f"{eps}"
+                f"box and attacked belong to Linf, got them for {self.threat.norm}, where events "
+                "are there or not; omit them"
             )
-        if options.norm == "Linf" and not 0.0 <= eps <= 1.0:
-            raise ValueError(
-                f"certified_eps must be in [0, 1], got {eps}; it is the Linf radius for images "
-                "in [0, 1], such as 8/255"
-            )
-        self.eps = float(eps)
         self.options = options
         self.progress = 1.0
         with _explained():
@@ -183,7 +155,7 @@ class CertifiedLoss:
 
     def clamped(self, x: Tensor, x_perturbed: Tensor, share: float = 1.0) -> Tensor:
         """Perturbed images, clamped to a share of the current radius around ``x``."""
-        reach = share * self.ramp * self.eps
+        reach = share * self.ramp * self.threat.eps
         above = torch.maximum(x_perturbed.detach(), x - reach)
         return torch.minimum(above, x + reach)
 
@@ -223,23 +195,11 @@ class CertifiedLoss:
                     f"box {box} needs perturbed images, around which it lies; give an attack"
                 )
             x = self.clamped(x, x_perturbed, 1.0 - box)
-        radius = box * self.ramp * self.eps
-        lead = self._bounds.lead(x, y, self._ball(x, radius))
+        radius = box * self.ramp * self.threat.eps
+        lead = self._bounds.lead(x, y, ball_of(self.threat, x, radius))
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
         share = (rivals.amax(1) < 0).to(lead.dtype).mean()
         return F.cross_entropy(lead, y), share
-
-    def _ball(self, x: Tensor, radius: float) -> float | Events:
-        if self.options.norm != "Linf":
-            check_events(x, counts=self.options.counts)
-        match self.options.norm:
-            case "Linf":
-                return radius
-            case "L0":
-                return Flips(radius, self.options.counts)
-            case "moves":
-                shift = self.options.largest_shift
-                return MovedEvents.of(x, radius, shift, counts=self.options.counts)
 
 
 @contextmanager

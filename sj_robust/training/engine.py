@@ -14,6 +14,7 @@ from sj_robust.attacks import Attack
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.preserved import preserved
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.data import ImageSplits, ShuffledBatches
 from sj_robust.models.checkpoint import load_run
 from sj_robust.proofs import verify
@@ -100,9 +101,7 @@ def train(
             plan=plan,
             accelerator=accelerator,
             folder=folder,
-            journal=journal,
             description=dict(description),
-            channels_last=None if content is None else content.get("channels_last"),
         )
         if content is not None:
             run.load(content, journal)
@@ -160,29 +159,21 @@ def check_training(
         if attack is not None:
             with preserved(objective.classifier):
                 attack(objective.classifier, image, label, generator=SampleSeeds([0]))
-    if plan.verified_eps is not None:
-        _check_provable(objective.classifier, image, label, plan, plan.verified_eps)
+    if plan.verified is not None:
+        _check_provable(objective.classifier, image, label, plan.verified)
 
 
 def _check_provable(
-    classifier: SpikingClassifier, image: Tensor, label: Tensor, plan: TrainingPlan, eps: float
+    classifier: SpikingClassifier, image: Tensor, label: Tensor, threat: ThreatModel
 ) -> None:
     """Refuse a network of which the validation could prove nothing."""
     try:
         with preserved(classifier):
-            verify(
-                classifier,
-                image,
-                label,
-                eps,
-                norm=plan.verified_norm,
-                largest_shift=plan.verified_shift,
-                counts=plan.verified_counts,
-                method="ibp",  # the quickest; a network with these bounds also has joint ones
-            )
+            # the quickest; a network with these bounds also has joint ones
+            verify(classifier, image, label, threat, method="ibp")
     except (NotImplementedError, UnprovableError) as error:
         raise ValueError(
-            f"{error}; for such a network, omit verified_eps and select another accuracy than "
+            f"{error}; for such a network, omit verified and select another accuracy than "
             "'verified'"
         ) from error
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sj_robust.attacks import Attack, ThreatModel
-from sj_robust.attacks.threat import parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.core.checks import (
     Channels,
@@ -34,6 +33,7 @@ from sj_robust.core.digest import fingerprint
 from sj_robust.core.environment import device_of, environment
 from sj_robust.core.folders import check_folder, locked
 from sj_robust.core.preserved import evaluation_mode, seeded_network, uncompiled
+from sj_robust.core.threat import Threat, as_threat
 from sj_robust.data import ImageSplits
 from sj_robust.data.checked import CheckedImages
 from sj_robust.data.stored import FileImages, StoredImages
@@ -74,7 +74,7 @@ def finetune(
     net: nn.Module,
     data: ImageSplits | Images,
     *,
-    eps: float | str,
+    eps: Threat,
     test: Images | None = None,
     mode: ModeName = "at",
     rho: float | None = None,
@@ -109,7 +109,7 @@ def finetune(
         data: Images of :func:`sj_robust.data.load_images`; or training images in [0, 1] as a data
             set of pairs (image [C, H, W], class), a ``DataLoader``, whose data set is used, or two
             tensors (x [N, C, H, W], y [N]).
-        eps: Linf radius of the attack, a number or a string such as ``"8/255"``.
+        eps: Linf radius of the attack, a number, text such as ``"8/255"`` or a ``ThreatModel``.
         test: Images for the report, in the same form as ``data``; None uses the test images of
             ``ImageSplits``, or the held-out images of other data, by which the epoch is selected,
             so that the accuracies are too high; the report then has a warning.
@@ -162,7 +162,7 @@ def finetune(
     check_choice("mode", mode, get_args(ModeName))
     check_switch("progress", progress)
     check_size("validation_fraction", validation_fraction)
-    threat = ThreatModel("Linf", parse_eps(eps))
+    threat = as_threat(eps, "Linf")
     kept = check_folder("folder", folder)
     splits = _splits(
         data, test, fraction=validation_fraction, seed=check_seed("seed", seed), mean=mean, std=std
@@ -183,7 +183,7 @@ def finetune(
         retraction=chosen.retraction,
         select=chosen.select,
         single_step_attack=chosen.single_step,
-        verified_eps=threat.eps if certified else None,
+        verified=threat if certified else None,
         verified_method="ibp" if certified else "joint",
         seed=seed,
     )
@@ -193,7 +193,7 @@ def finetune(
             kappa=chosen.kappa,
             rho=rho,
             loss=chosen.loss,
-            certified_eps=threat.eps if certified else None,
+            certified_eps=threat if certified else None,
         )
     configuration = {
         "mode": mode,
@@ -341,7 +341,7 @@ class _Run:
             self.journal,
             seed=self.plan.seed,
             single_step=self.mode.single_step,
-            verified=self.plan.verified_eps is not None,
+            verified=self.plan.verified is not None,
             verified_method=self.plan.verified_method,
             dataset=self.splits.name,
             configuration=self.description["finetune"],
@@ -397,7 +397,7 @@ def _held_out(data: Images, fraction: float, seed: int) -> ImageSplits:
     if not 0 < count < len(images):
         raise ValueError(
             f"validation_fraction must leave images on both sides, got {fraction} of "
-            f"{len(images)} images"
+            f"{len(images)} images; give another share, or more images"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()

@@ -24,9 +24,9 @@ from sj_robust.attacks import (
 )
 from sj_robust.attacks.call import Model, checked_copies, crafting
 from sj_robust.attacks.call import Objective as AttackObjective
-from sj_robust.attacks.projection import linf_bounds
 from sj_robust.core.checks import check_count, check_logits, check_size
 from sj_robust.core.randomness import SampleSeeds, randn
+from sj_robust.core.threat import Threat, as_threat, linf_bounds
 from sj_robust.training.objective import LossName
 from sj_robust.training.plan import SelectName
 
@@ -34,8 +34,8 @@ __all__ = [
     "MODES",
     "Mode",
     "ModeName",
+    "event_attacks",
     "final_attacks",
-    "flip_attacks",
     "trades",
     "training_attack",
     "validation_attacks",
@@ -267,27 +267,6 @@ def final_attacks(eps: float) -> dict[str, Attack]:
     return {NOISE: partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
 
 
-def flip_attacks(flips: int, *, final: bool) -> dict[str, Attack]:
-    """Attacks on event frames that change at most ``flips`` events, for validation and for the
-    final test. 事件帧训练的验证与最终攻击。
-
-    Args:
-        flips: Number of changes per sample.
-        final: Whether to return the slower attacks of the final test.
-
-    Returns:
-        ``"flips"``, by gradient. For the final test, it also uses probes and queries, and there is
-        ``"random"``, the best of 20 random sets of removed events.
-
-    Source: see :func:`sj_robust.attacks.flip_events`.
-
-    Examples:
-        >>> list(flip_attacks(5, final=True))
-        ['flips', 'random']
-    """
-    return event_attacks(ThreatModel("L0", flips), final=final)
-
-
 def event_training_attack(
     mode: Literal["at", "rat", "pgd_at"], threat: ThreatModel, *, steps: int | None = None
 ) -> Attack:
@@ -316,36 +295,36 @@ _BY_GRADIENT_ALONE: dict[str, Any] = {"probes": 0, "queries": 0, "reduce": False
 
 def _guided(threat: ThreatModel) -> "partial[Tensor]":
     """The attack by gradient of a threat of events, its budget bound."""
-    if threat.norm == "L0":
-        return partial(flip_events, flips=int(threat.eps), counts=threat.counts)
-    return partial(
-        move_events,
-        moves=int(threat.eps),
-        largest_shift=threat.largest_shift,
-        total_shift=threat.total_shift,
-        counts=threat.counts,
-    )
+    return partial(flip_events if threat.norm == "L0" else move_events, eps=threat)
 
 
-def event_attacks(threat: ThreatModel, *, final: bool) -> dict[str, Attack]:
-    """The same for a threat of changed or of moved events. 事件威胁模型的验证与最终攻击。
+def event_attacks(eps: Threat, *, final: bool) -> dict[str, Attack]:
+    """Attacks on event frames for validation and for the final test.
+    事件帧训练的验证与最终攻击。
+
+    Args:
+        eps: Number of changed events per sample, or a threat of changed or of moved events.
+        final: Whether to return the slower attacks of the final test.
 
     Returns:
-        ``"flips"`` or ``"moves"`` by gradient, and at the end ``"random"`` ones.
+        ``"flips"`` or ``"moves"``, by gradient. For the final test, it also uses probes and
+        queries, and there is ``"random"``, the best of 20 random sets of removed or moved events.
+
+    Source: see :func:`sj_robust.attacks.flip_events` and :func:`sj_robust.attacks.move_events`.
 
     Examples:
         >>> list(event_attacks(ThreatModel("moves", 10, largest_shift=1), final=True))
         ['moves', 'random']
     """
     search: dict[str, Any] = {"reduce": False} if final else {"steps": 5, **_BY_GRADIENT_ALONE}
+    threat = as_threat(eps, "L0", "moves")
     name = "moves" if threat.norm == "moves" else "flips"
     guided = partial(_guided(threat), **search)
     if not final:
         return {name: guided}
-    budget = _guided(threat).keywords
     if threat.norm == "moves":
-        return {name: guided, "random": partial(random_moves, **budget, tries=20)}
-    return {name: guided, "random": partial(random_flips, **budget, allow="remove", tries=20)}
+        return {name: guided, "random": partial(random_moves, eps=threat, tries=20)}
+    return {name: guided, "random": partial(random_flips, eps=threat, allow="remove", tries=20)}
 
 
 def trades(

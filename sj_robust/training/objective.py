@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.host import from_reset
-from sj_robust.core.preserved import RandomNumbers, seeded_network
+from sj_robust.core.preserved import RandomNumbers, from_reset, seeded_network
+from sj_robust.core.threat import Threat
 from sj_robust.defences.penalty import ForwardPasses, Penalty
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator, NotFollowedError
@@ -87,8 +87,9 @@ class Objective(nn.Module):
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
         penalties: Further terms, each with its weight; those with weight 0 are skipped.
-        certified_eps: Radius of the bounds at the end of the training; only for ``"certified"``.
-        certified_options: Options of certified training, including the norm of the radius.
+        certified_eps: Linf radius or threat model of the bounds at the end of the training; only
+            for ``"certified"``.
+        certified_options: Options of certified training.
 
     Attributes:
         certified: The part with the bounds, whose ``progress`` is set by the training; None for
@@ -128,7 +129,7 @@ class Objective(nn.Module):
         trades_weight: float = 6.0,
         indicator: Indicator = "mppd",
         penalties: Sequence[Penalty] = (),
-        certified_eps: float | None = None,
+        certified_eps: Threat | None = None,
         certified_options: CertifiedOptions = CertifiedOptions(),  # noqa: B008  # frozen
     ) -> None:
         """Attach the monitor if the objective needs one; see the class."""

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sj_robust.core.checks import check_choice, check_size, check_switch
+from sj_robust.core.checks import check_choice, check_size
+from sj_robust.core.threat import ThreatModel
 from sj_robust.proofs.differentiable import TrainedMethod
-from sj_robust.proofs.verification import NormName
 
 __all__ = ["SelectName", "TrainingPlan"]
 
@@ -37,12 +37,8 @@ class TrainingPlan:
             optimizer's step, see :func:`sj_robust.defences.deflate_`.
         seed: Determines the order of the images and the noise of every step.
         select: Validation accuracy that selects the best epoch.
-        verified_eps: Radius of the proofs in validation, which give the figure ``"verified"``; None
+        verified: Threat of the proofs in validation, which give the figure ``"verified"``; None
             skips them.
-        verified_norm: Norm of this radius, ``"Linf"``, ``"L0"`` for changed events or ``"moves"``
-            for moved events.
-        verified_shift: For moves, frames by which an event may move; None for any number.
-        verified_counts: Whether event frames hold numbers of events, and not 0 or 1.
         verified_method: Method of :func:`sj_robust.proofs.verify` for these proofs.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes only one per epoch.
         workers: Processes that load images in the background.
@@ -51,7 +47,7 @@ class TrainingPlan:
         compile: Whether the network is compiled with ``torch.compile``; the reset before every pass
             is not compiled.
         channels_last: Whether images and convolutions use the channels-last format; None uses it on
-            CUDA, and on a CPU in half precision if it is measured to be faster.
+            CUDA alone.
         sync_batch_norm: Whether batch norm uses the statistics of the images of all processes.
         precise_statistics: Number of training batches over which batch norm's statistics are
             recomputed before every validation; 0 keeps their moving average.
@@ -83,10 +79,7 @@ class TrainingPlan:
     deflation: bool = False
     seed: int = 0
     select: SelectName = "pgd"
-    verified_eps: float | None = None
-    verified_norm: NormName = "Linf"
-    verified_shift: int | None = None
-    verified_counts: bool = False
+    verified: ThreatModel | None = None
     verified_method: TrainedMethod = "joint"
     checkpoint_steps: int | None = None
     workers: int = 0
@@ -106,16 +99,11 @@ class TrainingPlan:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
-        check_switch("verified_counts", self.verified_counts)
-        if self.verified_counts and self.verified_norm == "Linf":
+        if self.select == "verified" and self.verified is None:
             raise ValueError(
-                "verified_counts says what event frames hold, got it for Linf; omit it"
+                "select 'verified' needs verified, the threat of the proofs, such as "
+                "ThreatModel('Linf', 8 / 255)"
             )
-        if self.select == "verified" and self.verified_eps is None:
-            raise ValueError(
-                "select 'verified' needs verified_eps, the radius of the proofs, such as 8 / 255"
-            )
-        check_choice("verified_norm", self.verified_norm, get_args(NormName))
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         check_size("lr", self.lr, positive=True)
         if self.precise_statistics < 0:
@@ -143,7 +131,7 @@ class TrainingPlan:
         these attacks gives.
         """
         figures = ["clean", *attacks]
-        if self.verified_eps is not None:
+        if self.verified is not None:
             figures.append("verified")
         check_choice("select", self.select, figures)
 

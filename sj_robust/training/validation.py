@@ -30,9 +30,9 @@ from sj_robust.evaluation.report.pictures import gallery_within
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked, alone, run
+from sj_robust.evaluation.run.member import Variant
 from sj_robust.evaluation.run.progress import Position, Watch
-from sj_robust.evaluation.run.proofs import proof_row, verify_within
-from sj_robust.evaluation.run.variant import Variant
+from sj_robust.evaluation.run.proofs import proof_row
 from sj_robust.models.weights import read_weights
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
@@ -40,7 +40,6 @@ from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import TrainedMethod
 from sj_robust.proofs.gains import perturbation_gains
 from sj_robust.proofs.gains.design import gain_scalars
-from sj_robust.proofs.verification import NormName
 from sj_robust.training.journal import EpochRecord, Journal, catastrophic_overfitting
 from sj_robust.training.modes import NOISE
 from sj_robust.training.processes import mixed
@@ -94,18 +93,13 @@ class Validation:
         self,
         model: nn.Module,
         attacks: Mapping[str, Attack],
-        verified_eps: float | None = None,
+        verified: ThreatModel | None = None,
         verified_method: TrainedMethod = "joint",
-        verified_norm: NormName = "Linf",
-        verified_shift: int | None = None,
-        verified_counts: bool = False,
     ) -> dict[str, float]:
         """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
         figures.
 
-        With ``verified_eps`` also the share of images that are ``"verified"`` at that radius of
-        ``verified_norm``, for moves of events by ``verified_shift`` frames at most; frames hold
-        numbers of events with ``verified_counts``.
+        With a threat ``verified`` also the share of images that are ``"verified"`` for it.
         """
         counts = dict.fromkeys(["clean", *attacks], 0)
         for number, (x, y) in zip(self._own_batches, self._batches(), strict=True):
@@ -113,29 +107,13 @@ class Validation:
             right = alone(model, x, y, attacks, seeds=seeds)
             for name in counts:
                 counts[name] += right[name]
-        if verified_eps is not None:
-            counts["verified"] = self._verified(
-                model,
-                verified_eps,
-                method=verified_method,
-                norm=verified_norm,
-                largest_shift=verified_shift,
-                counts=verified_counts,
-            )
+        if verified is not None:
+            counts["verified"] = self._verified(model, verified, verified_method)
         own = torch.tensor(list(counts.values()), device=self._accelerator.device)
         totals = self._accelerator.reduce(own, "sum").tolist()
         return {name: total / self._size for name, total in zip(counts, totals, strict=True)}
 
-    def _verified(
-        self,
-        model: nn.Module,
-        eps: float,
-        *,
-        method: TrainedMethod,
-        norm: NormName,
-        largest_shift: int | None,
-        counts: bool,
-    ) -> int:
+    def _verified(self, model: nn.Module, threat: ThreatModel, method: TrainedMethod) -> int:
         """Number of this process's images that are verified.
 
         All batches go into one call, so that the network is checked only once.
@@ -143,20 +121,9 @@ class Validation:
         batches = list(self._batches())
         if not batches:
             return 0
-        x = torch.cat([images for images, _ in batches])
-        y = torch.cat([labels for _, labels in batches])
+        x, y = map(torch.cat, zip(*batches, strict=True))
         with evaluation_mode(model):
-            found = verify(
-                model,
-                x,
-                y,
-                eps,
-                norm=norm,
-                largest_shift=largest_shift,
-                counts=counts,
-                method=method,
-                batch_size=_BATCH,
-            )
+            found = verify(model, x, y, threat, method=method, batch_size=_BATCH)
         return sum(found.verified)
 
     def scalars(
@@ -441,7 +408,7 @@ def _proofs(
         first = 0
         for x, y in data:
             x, y = x.to(device), y.to(device)
-            found = verify_within(classifier, x, y, threat, method=method)
+            found = verify(classifier, x, y, threat, method=method)
             verified += [first + row for row, good in enumerate(found.verified) if good]
             first += len(y)
             step()

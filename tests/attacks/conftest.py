@@ -30,7 +30,7 @@ def _of_each_kind(attacks: dict[str, Attack]) -> list[str]:
     """One attack of every function, and one more where it may also draw nothing or counts."""
     kinds = {}
     for name, attack in attacks.items():
-        counts = attack.options.get("counts")
+        counts = "counts" in attack.limits
         kinds.setdefault((attack.function, attack.draws, counts), name)
     return list(kinds.values())
 

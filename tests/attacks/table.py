@@ -39,19 +39,26 @@ torch.set_num_threads(1)
 
 
 class Attack(NamedTuple):
-    """An attack with its options; those that are functions are functions of the radius."""
+    """An attack with its options; those that are functions are functions of the radius. Limits are
+    those of the threat beside its norm.
+    """
 
     function: Callable[..., Tensor]
     options: dict[str, Any] = {}  # noqa: RUF012  no row changes its own
     norm: str | None = "Linf"  # None: no ball, only the box
     draws: bool = True  # whether the attack itself is random
     budget: str = "eps"
+    limits: dict[str, Any] = {}  # noqa: RUF012  likewise
 
     def run(self, model, x: Tensor, y: Tensor, eps: float, generator=None) -> Tensor:
-        options = {self.budget: eps}
+        plain = self.norm in ("Linf", None)
+        options = {self.budget: eps if plain else self.threat(eps)}
         for name, value in self.options.items():
             options[name] = value(eps) if callable(value) else value
         return self.function(model, x, y, **options, generator=generator)
+
+    def threat(self, eps: float) -> ThreatModel:
+        return ThreatModel(self.norm, eps, **self.limits)
 
     @property
     def of_events(self) -> bool:
@@ -77,13 +84,13 @@ class Attack(NamedTuple):
         if self.of_events:
             x = self.frames(7, 3, 2, 2, 3, seed=2)
             x[6] = 0.0
-            x[5] *= 4.0 if "counts" in self.options else 1.0  # what no neighbour may notice
+            x[5] *= 4.0 if "counts" in self.limits else 1.0  # what no neighbour may notice
         return x.to(dtype), linear_model(36)(x).argmax(1)
 
     def frames(self, *shape: int, seed: int, share: float = 0.4, **options: Any) -> Tensor:
         """Frames of events, or of numbers of events."""
         x = frames(*shape, seed=seed, share=share, **options)
-        if "counts" in self.options:
+        if "counts" in self.limits:
             x *= torch.randint(1, 4, shape, generator=seeded(seed))
         return x
 
@@ -97,7 +104,7 @@ class Attack(NamedTuple):
         assert given("allow") != "add" or (change >= 0).all()
         assert given("allow") != "remove" or (change <= 0).all()
         assert (x_adv >= 0).all()
-        assert given("counts") or (x_adv <= 1).all()
+        assert "counts" in self.limits or (x_adv <= 1).all()
         assert torch.equal(x_adv, x_adv.round())
         size = change.double().abs().flatten(1).sum(1)
         if self.norm == "L0":
@@ -105,28 +112,26 @@ class Attack(NamedTuple):
             return None
         assert (change.sum(1) == 0).all()
         assert (size <= 2 * eps).all()
-        limits = {"largest_shift": given("largest_shift"), "total_shift": given("total_shift")}
-        threat = ThreatModel("moves", max(eps, 1), **limits, counts=given("counts", False))
-        assert threat.contains(x, x_adv).all()
+        assert self.threat(eps).contains(x, x_adv).all()
         return None
 
 
-def _pgd(*, draws: bool = True, **options) -> Attack:
+def _pgd(norm="Linf", *, draws: bool = True, **options) -> Attack:
     options = {"step_size": lambda eps: eps / 2, "steps": 3, **options}
-    return Attack(pgd, options, options.get("norm", "Linf"), draws)
+    return Attack(pgd, options, norm, draws)
 
 
-def _climbing(function, **options) -> Attack:
+def _climbing(function, norm="Linf", **options) -> Attack:
     """An attack of the APGD kind at few steps."""
-    return Attack(function, {"steps": 4, **options}, options.get("norm", "Linf"))
+    return Attack(function, {"steps": 4, **options}, norm)
 
 
-def _flips(function=flip_events, **options) -> Attack:
-    return Attack(function, options, "L0", budget="flips")
+def _flips(function=flip_events, *, limits=None, **options) -> Attack:
+    return Attack(function, options, "L0", limits=limits or {})
 
 
-def _moves(function=move_events, **options) -> Attack:
-    return Attack(function, options, "moves", budget="moves")
+def _moves(function=move_events, *, limits=None, **options) -> Attack:
+    return Attack(function, options, "moves", limits=limits or {})
 
 
 NOISES = {
@@ -163,20 +168,21 @@ ATTACKS = {
     "sapgd_highest": _climbing(sapgd, keep_best=False),
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
     "spike_search": Attack(spike_search, {"forwards": 120}),
-    "spike_search_l2": Attack(spike_search, {"forwards": 96, "norm": "L2"}, "L2"),
+    "spike_search_l2": Attack(spike_search, {"forwards": 96}, "L2"),
 }
 
 ON_IMAGES = {
     "square": Attack(square, {"queries": 60}),
-    "square_l2": Attack(square, {"queries": 60, "norm": "L2"}, "L2"),
+    "square_l2": Attack(square, {"queries": 60}, "L2"),
     "autoattack": Attack(autoattack, {"attacks": ["apgd-ce"]}),
     "autoattack_fab": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
-    "autoattack_l2": Attack(autoattack, {"norm": "L2", "attacks": ["apgd-t"]}, "L2"),
+    "autoattack_l2": Attack(autoattack, {"attacks": ["apgd-t"]}, "L2"),
     "autoattack_plus": Attack(autoattack, {"version": "plus", "attacks": ["fab"]}),
     "autoattack_rand": Attack(autoattack, {"version": "rand", "attacks": ["apgd-dlr"]}),
 }
 """What attacks images [N, C, H, W] alone, or takes long."""
 
+COUNTS = {"counts": True}
 _FEW = {"probes": 2, "queries": 3}
 _ALL_RUNS = {"target_classes": 2, "restarts": 3, **_FEW}
 
@@ -189,19 +195,19 @@ ON_EVENTS = {
     "flips_last": _flips(keep_best=False, reduce=False, queries=3),
     "flips_runs": _flips(**_ALL_RUNS),
     "flips_eot": _flips(eot_samples=2, confidence=0.5, **_FEW),
-    "flips_counts": _flips(counts=True, **_FEW),
-    "flips_counts_remove": _flips(counts=True, allow="remove", **_FEW),
-    "moves": _moves(largest_shift=1),
+    "flips_counts": _flips(limits=COUNTS, **_FEW),
+    "flips_counts_remove": _flips(limits=COUNTS, allow="remove", **_FEW),
+    "moves": _moves(limits={"largest_shift": 1}),
     "moves_gradient": _moves(probes=0, queries=0),
     "moves_last": _moves(keep_best=False, reduce=False, queries=3),
-    "moves_runs": _moves(total_shift=4, **_ALL_RUNS),
-    "moves_counts": _moves(largest_shift=1, counts=True, **_FEW),
+    "moves_runs": _moves(limits={"total_shift": 4}, **_ALL_RUNS),
+    "moves_counts": _moves(limits={"largest_shift": 1, **COUNTS}, **_FEW),
     "random_flips": _flips(random_flips),
     "random_flips_add": _flips(random_flips, allow="add", tries=3),
     "random_flips_remove": _flips(random_flips, allow="remove", tries=3),
-    "random_flips_counts": _flips(random_flips, counts=True, tries=3),
-    "random_moves": _moves(random_moves, total_shift=9, tries=3),
-    "random_moves_counts": _moves(random_moves, largest_shift=1, counts=True, tries=3),
+    "random_flips_counts": _flips(random_flips, limits=COUNTS, tries=3),
+    "random_moves": _moves(random_moves, limits={"total_shift": 9}, tries=3),
+    "random_moves_counts": _moves(random_moves, limits={"largest_shift": 1, **COUNTS}, tries=3),
 }
 EVERY = ATTACKS | ON_IMAGES | ON_EVENTS
 ASK_NOTHING = [*NOISES, "random_flips"]

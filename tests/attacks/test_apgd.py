@@ -11,7 +11,7 @@ from attacks.table import Recorder, predicted, seeded
 from covering import every_pair
 from torch import Tensor
 
-from sj_robust.attacks import apgd, sapgd
+from sj_robust.attacks import ThreatModel, apgd, sapgd
 from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
 
@@ -121,8 +121,7 @@ def test_images_and_step_sizes_follow_the_algorithm(norm, steps):
     model = Recorder(lambda x: x)
     y = torch.arange(3)
     options = {
-        "eps": 0.1,
-        "norm": norm,
+        "eps": ThreatModel(norm, 0.1),
         "loss": quadratic_loss,
         "steps": steps,
         "keep_best": False,
@@ -215,7 +214,12 @@ def test_the_start_lies_on_the_border_of_the_ball(norm):
     model = Recorder(lambda x: x)
     x = torch.full((200, 5), 0.5, dtype=torch.float64)
     apgd(
-        model, x, torch.zeros(200, dtype=torch.int64), eps=0.2, norm=norm, steps=1, keep_best=False
+        model,
+        x,
+        torch.zeros(200, dtype=torch.int64),
+        eps=ThreatModel(norm, 0.2),
+        steps=1,
+        keep_best=False,
     )
     delta = model.seen[0] - x
     length = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
@@ -264,8 +268,7 @@ def test_ties_and_zero_gradients_give_no_nan(norm, loss, tied):
             model,
             x,
             y,
-            eps=0.1,
-            norm=norm,
+            eps=ThreatModel(norm, 0.1),
             loss=loss,
             steps=10,
             keep_best=keep_best,

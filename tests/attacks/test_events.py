@@ -96,7 +96,7 @@ class TestLinearOptimum:
         gains = [gain for gain in self.gains(row, allow) if gain > 0]
         sums = list(itertools.accumulate(gains))
         model, x, y = self.of_row(row)
-        x_adv = flip_events(model, x, y, flips=20, allow=allow, **options)
+        x_adv = flip_events(model, x, y, eps=20, allow=allow, **options)
         if sums[-1] <= 4:  # no set of these changes fools
             assert int(count_flips(x_adv, x)) == min(20, len(gains))  # but each is worth taking
             return
@@ -104,7 +104,7 @@ class TestLinearOptimum:
         assert least > 1
         assert fooled(model, x_adv, y)
         assert int(count_flips(x_adv, x)) == least
-        exact = flip_events(model, x, y, flips=least, allow=allow, **options)
+        exact = flip_events(model, x, y, eps=least, allow=allow, **options)
         assert fooled(model, exact, y)
 
     @pytest.mark.parametrize("flips", [1, 2])
@@ -113,7 +113,7 @@ class TestLinearOptimum:
         model, x, y = self.of_row(row)
         best = sum(self.gains(row, "both")[:flips])
         assert best < 4
-        x_adv = flip_events(model, x, y, flips=flips)
+        x_adv = flip_events(model, x, y, eps=flips)
         assert int(count_flips(x_adv, x)) == flips
         logits = model(x_adv)[0]
         left = logits[y] - logits[1 - y]
@@ -124,7 +124,7 @@ class TestLinearOptimum:
         for restarts in (1, 3):
             model = Recorder(self.model(0))
             x_adv = flip_events(
-                model, self.x[:1], self.y[:1], flips=20, restarts=restarts, reduce=False
+                model, self.x[:1], self.y[:1], eps=20, restarts=restarts, reduce=False
             )
             assert model.model(x_adv).argmax(1) != self.y[0]
             calls.append(len(model.seen))
@@ -136,7 +136,7 @@ class TestLinearOptimum:
         x = frames(24, 2, 2, 1, 3, seed=8, dtype=torch.float64)
         y = model(x).argmax(1)
         masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12)), dtype=torch.float64)
-        x_adv = flip_events(model, x, y, flips=12, target_classes=4)
+        x_adv = flip_events(model, x, y, eps=12, target_classes=4)
         for row in range(24):
             everything = (x[row].flatten() - masks).abs().view(-1, 2, 2, 1, 3)
             fell = predicted(model, everything) != y[row]
@@ -159,7 +159,7 @@ class TestLinearOptimum:
         gain = (grad * (1 - 2 * x)).flatten(1)
         wanted = (gain >= gain.sort(dim=1, descending=True).values[:, 2:3]) & (gain > 0)
         x_adv = flip_events(
-            model, self.x, y, flips=3, steps=1, **GRADIENT, keep_best=False, reduce=False
+            model, self.x, y, eps=3, steps=1, **GRADIENT, keep_best=False, reduce=False
         )
         assert torch.equal((x_adv != self.x).flatten(1), wanted)
 
@@ -169,7 +169,7 @@ def test_success_has_the_confidence_that_is_asked_for():
     model = two_classes(lambda x: x.flatten(1).sum(1) - 9.5)
     y = predicted(model, x)
     for confidence, least in ((0.0, 0.5), (1.5, 1.5)):
-        x_adv = flip_events(model, x, y, flips=20, confidence=confidence)
+        x_adv = flip_events(model, x, y, eps=20, confidence=confidence)
         lead = model(x_adv)[:, 1] * (1 - 2 * y)
         assert lead.tolist() == [least] * 6
 
@@ -181,7 +181,7 @@ def test_on_a_trained_network_the_search_uses_all_its_means(bars):
     """
     x = bars.x[:16]
     y = bars.y[:16]
-    run = partial(flip_events, bars.model, x, y, flips=12, generator=SampleSeeds(range(16)))
+    run = partial(flip_events, bars.model, x, y, eps=12, generator=SampleSeeds(range(16)))
     grown = run(reduce=False)
     reduced = run()
     fell = fooled(bars.model, grown, y)
@@ -198,7 +198,7 @@ def test_on_a_trained_network_the_search_uses_all_its_means(bars):
     left = [
         int(fooled(bars.model, run(**options), y).sum()) for options in (GRADIENT, {"queries": 0})
     ]
-    drawn = random_flips(bars.model, x, y, flips=12, tries=10, generator=seeded())
+    drawn = random_flips(bars.model, x, y, eps=12, tries=10, generator=seeded())
     assert int(fooled(bars.model, drawn, y).sum()) < left[0] < left[1] < int(fell.sum())
     several = run(target_classes=3, restarts=2)
     assert fooled(bars.model, several, y)[fell].all()
@@ -220,7 +220,7 @@ def test_a_network_without_a_gradient_falls_to_the_exchanges():
         Dead(),
         x,
         y,
-        flips=8,
+        eps=8,
         allow="remove",
         generator=seeded(),
     )
@@ -243,7 +243,7 @@ def test_calls_of_the_gradient_alone():
         counted,
         x,
         right,
-        flips=1,
+        eps=1,
         probes=0,
         queries=0,
         reduce=False,
@@ -251,7 +251,7 @@ def test_calls_of_the_gradient_alone():
     assert sum(calls[:2]) == 6  # the frames themselves, and one gradient
     assert len(calls) <= 3
     calls.clear()
-    assert torch.equal(flip_events(counted, x, y, flips=30), x)
+    assert torch.equal(flip_events(counted, x, y, eps=30), x)
     assert calls == [3]
 
 
@@ -259,15 +259,15 @@ class TestRandomFlips:
     def test_exactly_as_many_as_asked_or_allowed(self):
         x = frames(5, 3, 2, 4, 4, share=0.1)
         events = x.flatten(1).sum(1).long()
-        found = count_flips(random_flips(None, x, flips=20), x).tolist()
+        found = count_flips(random_flips(None, x, eps=20), x).tolist()
         assert found == [20] * 5
-        removed = count_flips(random_flips(None, x, flips=20, allow="remove"), x)
+        removed = count_flips(random_flips(None, x, eps=20, allow="remove"), x)
         assert torch.equal(removed, events.clamp(max=20))
         assert int(events.min()) < 20
 
     def test_uniform(self):
         x = torch.zeros(4000, 1, 2, 2, 3)
-        x_adv = random_flips(None, x, flips=3, generator=seeded())
+        x_adv = random_flips(None, x, eps=3, generator=seeded())
         found = x_adv.mean(0).flatten()
         expected = torch.full((12,), 0.25)
         torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
@@ -276,7 +276,7 @@ class TestRandomFlips:
         x = frames(40, 2, 2, 3, 3)
         model = linear_model(36)
         y = predicted(model, x)
-        run = partial(random_flips, model, x, y, flips=8)
+        run = partial(random_flips, model, x, y, eps=8)
         fell = [int(fooled(model, run(tries=n, generator=seeded()), y).sum()) for n in (1, 30)]
         assert fell[1] > fell[0] + 5
 
@@ -287,7 +287,7 @@ class TestRandomFlips:
         x = frames(5, 3, 2, 4, 4, share=0.1)
         y = torch.zeros(5, dtype=torch.int64)
         alone, *others = (
-            random_flips(model, x, labels, flips=6, generator=seeded())
+            random_flips(model, x, labels, eps=6, generator=seeded())
             for model, labels in ((None, None), (refuses, None), (None, y), (refuses, y))
         )
         for other in others:
@@ -296,7 +296,9 @@ class TestRandomFlips:
     @pytest.mark.parametrize(("flips", "made"), [(12, 12), (24, 24), (300, 24)])
     def test_of_counts_spend_their_budget(self, flips, made):
         ones = torch.ones(2, 3, 2, 2, 2)
-        x_adv = random_flips(None, ones, flips=flips, counts=True, generator=seeded(0))
+        x_adv = random_flips(
+            None, ones, eps=ThreatModel("L0", flips, counts=True), generator=seeded(0)
+        )
         assert count_flips(x_adv, ones).tolist() == [made, made]
 
 
@@ -305,7 +307,7 @@ def test_an_event_joins_others_in_a_frame():
     x[0, :2, 0] = 2.0  # a binary frame would have no room
     model = against(8.5, [0.0, 0.0, 3.0, 3.0, 1.0, 1.0, 0.0, 0.0])
     y = torch.tensor([0])
-    x_adv = move_events(model, x, y, moves=1, largest_shift=1, counts=True)
+    x_adv = move_events(model, x, y, eps=ThreatModel("moves", 1, largest_shift=1, counts=True))
     assert x_adv[0, :, 0].flatten().tolist() == [1.0, 3.0, 0.0, 0.0]
     found = count_moves(x_adv, x)
     assert int(found.events) == 1
@@ -313,17 +315,19 @@ def test_an_event_joins_others_in_a_frame():
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("eps", "options", "expected"),
     [
-        ({"flips": 3}, [5.0, 2.0, 2.0, 2.0]),
-        ({"flips": 3, "allow": "remove"}, [2.0, 0.0, 2.0, 2.0]),
-        ({"flips": 10}, [10.0, 0.0, 2.0, 2.0]),  # 8 of a value, no more
+        (3, {}, [5.0, 2.0, 2.0, 2.0]),
+        (3, {"allow": "remove"}, [2.0, 0.0, 2.0, 2.0]),
+        (10, {}, [10.0, 0.0, 2.0, 2.0]),  # 8 of a value, no more
     ],
 )
-def test_an_event_is_added_to_others_or_removed_from_them(options, expected):
+def test_an_event_is_added_to_others_or_removed_from_them(eps, options, expected):
     x = line(2.0, 2.0, 2.0, 2.0)
     model = against(100.0, [4.0, -3.0, 1.0, 0.0])
-    x_adv = flip_events(model, x, torch.tensor([0]), counts=True, queries=0, **options)
+    x_adv = flip_events(
+        model, x, torch.tensor([0]), eps=ThreatModel("L0", eps, counts=True), queries=0, **options
+    )
     assert x_adv.flatten().tolist() == expected
 
 
@@ -384,7 +388,7 @@ def test_a_budget_larger_than_the_frames():
     ones = torch.ones(2, 3, 2, 2, 2)
     model = linear_model(24)
     y = model(ones).argmax(1)
-    x_adv = flip_events(model, ones, y, flips=300, counts=True)
+    x_adv = flip_events(model, ones, y, eps=ThreatModel("L0", 300, counts=True))
     assert (model(x_adv).argmax(1) != y).all()
 
 
@@ -430,12 +434,13 @@ class TestOneEvent:
     @pytest.mark.parametrize(
         ("budget", "falls"),
         [
-            ({"moves": 1}, True),
-            ({"moves": 0}, False),
-            ({"moves": 1, "largest_shift": 3}, True),
-            ({"moves": 1, "largest_shift": 2}, False),
-            ({"moves": 5, "total_shift": 3}, True),
-            ({"moves": 5, "total_shift": 2}, False),
+            (1, True),
+            (0, False),
+            (ThreatModel("moves", 1, largest_shift=3), True),
+            (ThreatModel("moves", 1, largest_shift=2), False),
+            (ThreatModel("moves", 5, largest_shift=99), True),
+            (ThreatModel("moves", 5, total_shift=3), True),
+            (ThreatModel("moves", 5, total_shift=2), False),
         ],
     )
     def test_falls_exactly_at_the_budget_that_moves_it(self, attack, budget, falls):
@@ -443,7 +448,7 @@ class TestOneEvent:
             self.model,
             self.x,
             self.y,
-            **budget,
+            eps=budget,
             generator=seeded(),
         )
         found = bool(self.model(x_adv).argmax(1) != self.y)
@@ -460,8 +465,7 @@ def test_of_single_moves_the_best_is_found_on_a_linear_model():
             model,
             x,
             y,
-            moves=1,
-            largest_shift=largest,
+            eps=ThreatModel("moves", 1, largest_shift=largest),
             **GRADIENT,
         )
         found = (x_adv - x).flatten(1) @ weight
@@ -487,7 +491,7 @@ def test_needless_moves_are_put_back():
         model,
         x,
         y,
-        moves=4,
+        eps=4,
         steps=1,
         **GRADIENT,
         generator=seeded(),
@@ -536,9 +540,8 @@ class TestThreat:
     def test_the_suite_moves_with_its_control(self):
         threat = ThreatModel("moves", 9, largest_shift=2)
         suite = make_suite("events", threat, chosen=["pdsg"], classes=4)
-        budget = {"moves": 9, "largest_shift": 2, "total_shift": None}
         for member in (*suite.members, *suite.control):
-            assert budget.items() <= member.attack.keywords.items()
+            assert member.attack.keywords["eps"] == threat
         kinds = [member.name.split("/")[0] for member in suite.members]
         assert kinds == [
             "moves",

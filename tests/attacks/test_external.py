@@ -9,7 +9,16 @@ import torch
 from attacks.table import all_generators, left_as_it_was, linear_model, predicted, seeded
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds, autoattack, external, fgsm, pgd, square, transfer
+from sj_robust.attacks import (
+    SampleSeeds,
+    ThreatModel,
+    autoattack,
+    external,
+    fgsm,
+    pgd,
+    square,
+    transfer,
+)
 from sj_robust.core.randomness import draw_seed, private_generator
 
 X = torch.rand(7, 1, 6, 6, generator=seeded(2)) * 0.8 + 0.1
@@ -87,7 +96,7 @@ def test_all_global_generators_are_seeded_by_the_callers(model):
 
 
 def test_an_l2_attack_is_measured_in_l2(model):
-    near = external(lambda x, y: x + 0.05, eps=0.3, norm="L2")(model, X, Y)
+    near = external(lambda x, y: x + 0.05, eps=ThreatModel("L2", 0.3))(model, X, Y)
     distance = (near.double() - X.double()).flatten(1).norm(dim=1)
     assert 0.2999 < distance.min() <= distance.max() <= 0.3 * (1 + 1e-12)
 
@@ -164,15 +173,39 @@ def test_attacks_of_torchattacks(model, name):
     x = X
     y = predicted(model, x)
     norm, eps = ("L2", 1.0) if name == "PGDL2" else ("Linf", 0.1)
-    options = {"n_queries": 50} if name == "Square" else {}
+    options = {"n_queries": 500} if name == "Square" else {}
     peer = getattr(torchattacks, name)(model, eps=eps, **options)
     before = torch.get_rng_state()
     first, again = (
-        external(peer, eps=eps, norm=norm)(model, x, y, generator=seeded(3)) for _ in range(2)
+        external(peer, eps=ThreatModel(norm, eps))(model, x, y, generator=seeded(3))
+        for _ in range(2)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert (predicted(model, first) != y).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peer", "norm", "eps", "step_size", "steps"),
+    [
+        ("PGD", "Linf", 0.1, 0.0125, 20),
+        ("PGD", "Linf", 8 / 255, 2 / 255, 10),
+        ("PGDL2", "L2", 1.0, 0.2, 10),
+    ],
+)
+def test_predictions_agree_with_torchattacks(trained, peer, norm, eps, step_size, steps):
+    torchattacks = pytest.importorskip(
+        "torchattacks", reason="extra `compare` holds the peers of parity tests"
+    )
+    model, x, y = trained
+    options = {"steps": steps, "random_start": False}
+    threat = ThreatModel(norm, eps)
+    ours = pgd(model, x, y, eps=threat, step_size=step_size, keep_best=False, **options)
+    theirs = getattr(torchattacks, peer)(model, eps=eps, alpha=step_size, **options)(x, y)
+    ours, theirs = (predicted(model, crafted) for crafted in (ours, theirs))
+    assert (ours == theirs).float().mean() >= 0.995
+    assert (ours == y).sum() < (predicted(model, x) == y).sum()
 
 
 IMAGES = torch.rand(7, 1, 6, 6, generator=seeded(2))
@@ -198,7 +231,7 @@ def test_images_are_those_of_the_library_by_itself(library, version, norm, eps):
     theirs.apgd_targeted.n_target_classes = 4
     with torch.random.fork_rng():
         expected, _ = theirs.run_standard_evaluation(IMAGES, LABELS)
-    options = {"eps": eps, "norm": norm, "version": version, "attacks": names}
+    options = {"eps": ThreatModel(norm, eps), "version": version, "attacks": names}
     found = autoattack(MODEL, IMAGES, LABELS, **options, generator=seeded(5))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert not torch.equal(found, IMAGES)

@@ -10,7 +10,16 @@ import torch
 from attacks.table import Recorder, fooled, seeded, two_classes
 from torch import nn
 
-from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, uniform
+from sj_robust.attacks import (
+    ThreatModel,
+    apgd,
+    fgsm,
+    gaussian,
+    pgd,
+    rfgsm,
+    salt_and_pepper,
+    uniform,
+)
 from sj_robust.core.randomness import draw_seed, private_generator, randn
 
 WEIGHT = np.array([[0.3, -0.7, 0.2, 0.0], [-0.5, 0.1, 0.9, 0.0], [0.4, 0.6, -0.8, 0.0]])
@@ -119,10 +128,9 @@ def test_pgd_iterates_follow_the_formula(norm, step_size):
         recorder,
         x,
         y,
-        eps=0.12,
+        eps=ThreatModel(norm, 0.12),
         step_size=step_size,
         steps=5,
-        norm=norm,
         random_start=False,
         keep_best=False,
     )
@@ -147,7 +155,13 @@ def test_pgd_targeted_reaches_the_target(norm):
     x = torch.full((2, 4), 0.5, dtype=torch.float64)
     targets = torch.tensor([0, 1])
     x_adv = pgd(
-        three_classes, x, targets, eps=0.5, step_size=0.1, steps=20, norm=norm, targeted=True
+        three_classes,
+        x,
+        targets,
+        eps=ThreatModel(norm, 0.5),
+        step_size=0.1,
+        steps=20,
+        targeted=True,
     )
     assert three_classes(x_adv).argmax(1).tolist() == [0, 1]
 
@@ -274,8 +288,8 @@ def test_the_random_start_is_uniform_in_the_ball(norm):
     recorder = Recorder(lambda x: x[:, :2])
     x = torch.full((4000, 3), 0.5, dtype=torch.float64)
     y = torch.zeros(4000, dtype=torch.int64)
-    options = {"eps": 0.2, "step_size": 0.1, "steps": 1, "keep_best": False}
-    pgd(recorder, x, y, **options, norm=norm, generator=seeded())
+    options = {"step_size": 0.1, "steps": 1, "keep_best": False}
+    pgd(recorder, x, y, eps=ThreatModel(norm, 0.2), **options, generator=seeded())
     delta = recorder.seen[0] - x
     found = delta.mean(0).abs().max().item()
     assert found < 0.01
@@ -298,12 +312,12 @@ def test_eot_averages_the_gradients_of_its_forwards(attack):
     model = Recorder(two_classes(margin))
     x = torch.full((1, 2), 0.5)
     y = torch.tensor([1])
-    options = {"norm": "L2", "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
+    options = {"keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
     x_adv = attack(
         model,
         x,
         y,
-        eps=0.1,
+        eps=ThreatModel("L2", 0.1),
         steps=1,
         eot_samples=8,
         **options,
@@ -337,10 +351,9 @@ def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
         lambda x: x[:, :2],
         x,
         y,
-        eps=0.1,
+        eps=ThreatModel(norm, 0.1),
         step_size=0.1,
         steps=1,
-        norm=norm,
         random_start=False,
         loss=loss,
     )

@@ -7,7 +7,7 @@ import torch
 from attacks.oracle import linear_oracle
 from attacks.table import predicted, seeded
 
-from sj_robust.attacks import apgd, autoattack, fgsm, pgd, sapgd, spike_search
+from sj_robust.attacks import ThreatModel, apgd, autoattack, fgsm, pgd, sapgd, spike_search
 
 BALLS = ["Linf", "L2"]
 # Untargeted losses get two classes: with more, a start can lead to one that is out of reach beside
@@ -36,7 +36,7 @@ def test_exactly_the_known_images_fall(attack, classes, norm):
         out_of_reach = logits[:, :1] * 0 - 9  # one class more, for the ratio of the DLR losses
         return torch.cat([logits, out_of_reach], 1)
 
-    options = {} if attack in (fgsm, sapgd) else {"norm": norm}
-    x_adv = attack(model, oracle.x, oracle.y, eps=oracle.eps, generator=seeded(), **options)
+    threat = ThreatModel(norm, oracle.eps)
+    x_adv = attack(model, oracle.x, oracle.y, eps=threat, generator=seeded())
     assert torch.equal(predicted(model, x_adv) == oracle.y, oracle.robust)
     assert 0.2 < oracle.robust.double().mean().item() < 0.8

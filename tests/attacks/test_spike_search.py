@@ -342,7 +342,9 @@ def test_it_breaks_what_no_gradient_leads_to(norm):
     x = torch.full((3, 1, 4, 4), 0.5)
     y = torch.ones(3, dtype=torch.int64)
     model = two_classes(hidden)
-    x_adv = spike_search(model, x, y, eps=EPS[norm], norm=norm, forwards=4800, generator=seeded())
+    x_adv = spike_search(
+        model, x, y, eps=ThreatModel(norm, EPS[norm]), forwards=4800, generator=seeded()
+    )
     assert predicted(model, x_adv).tolist() == [0, 0, 0]
     assert_within(x_adv, x, norm, EPS[norm])
 

@@ -9,9 +9,9 @@ from attacks.table import Recorder, linear_model, predicted, seeded, two_classes
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.attacks import square as square_attack
-from sj_robust.attacks.projection import linf_bounds
 from sj_robust.attacks.square import _L2, _Linf, break_ties, square_rows
 from sj_robust.core.randomness import SampleDraws, rand
+from sj_robust.core.threat import linf_bounds
 
 SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
 
@@ -185,8 +185,7 @@ def test_the_search_goes_on_at_a_tie_that_the_label_wins(norm, eps):
         counts,
         x,
         y,
-        eps=eps,
-        norm=norm,
+        eps=ThreatModel(norm, eps),
         queries=300,
         generator=SampleSeeds(range(40)),
     )

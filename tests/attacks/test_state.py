@@ -31,7 +31,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import SampleSeeds, autoattack, fgsm, pgd, spike_search
+from sj_robust.attacks import SampleSeeds, ThreatModel, autoattack, fgsm, pgd, spike_search
 from sj_robust.core.preserved import evaluation_mode, locked
 from sj_robust.neuron import DLIFNode
 
@@ -178,8 +178,8 @@ def test_the_draws_of_the_network_follow_the_seeds(seeds):
         return x[:, :2] * drawn[-1].sum()
 
     x = torch.rand(2, 4)
-    options = {"eps": 0.1, "step_size": 0.05, "steps": 2, "eot_samples": 3, "norm": "L2"}
-    run = partial(pgd, noisy, x, torch.tensor([0, 1]), **options)
+    options = {"step_size": 0.05, "steps": 2, "eot_samples": 3}
+    run = partial(pgd, noisy, x, torch.tensor([0, 1]), eps=ThreatModel("L2", 0.1), **options)
     results = [run(generator=seeds(pair)) for pair in ([1, 2], [1, 2], [1, 3])]
     first, again, other = torch.stack(drawn).chunk(3)
     assert torch.equal(first, again)

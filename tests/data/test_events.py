@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.checksum import sizes
 from data.event_recordings import (
     frames_by_hand,
     pack_cifar10_dvs,
@@ -12,6 +11,7 @@ from data.event_recordings import (
     pack_n_mnist,
     trust,
 )
+from data.test_images import sizes
 from spikingjelly import configure
 from torch.utils.data import ConcatDataset
 from torchvision.datasets import utils

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data.checksum import checksums, sizes
+from data.test_images import checksums, sizes
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
@@ -78,6 +78,8 @@ def test_every_picture_is_in_its_part_with_its_class(folder, monkeypatch, room, 
     if own_validation:
         assert found(splits.validation) == made(VAL)
     assert found(splits.test) == made(TEST)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(20240521))
+    assert [int(label) for _, label in splits.test] == [int(i) // 2 for i in order]
     assert checksums(load(folder, validation_fraction=0.25)) == checksums(splits)
     few = load(folder, test_limit=3)
     assert len({int(label) for _, label in few.test}) > 1

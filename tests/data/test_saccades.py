@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from data.checksum import checksums, sizes
+from data.test_images import checksums, sizes
 from data.test_torchvision_sets import write_mnist
 
 from sj_robust.data import image_loader, load_images, saccades
@@ -119,13 +119,6 @@ def test_counts_are_the_numbers_of_the_events_of_binary_frames(cache):
     for frames, _ in binary.test:
         assert bool((frames.flatten(2).sum(2) > 0).all())  # both polarities in every saccade
     assert not cache.exists()
-
-
-def test_what_does_not_change_makes_no_events():
-    pixels = torch.zeros(2, 28, 28, dtype=torch.int32)
-    frames = saccades._events(pixels, 4, saccades._log_intensities(255))
-    assert frames.shape == (2, 4, 2, 34, 34)
-    assert not frames.any()
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])

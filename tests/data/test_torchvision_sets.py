@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.checksum import checksums, sizes
+from data.test_images import checksums, sizes
 from scipy.io import savemat
 from torchvision import datasets
 

@@ -1,20 +1,19 @@
 """Encoders of published defences against their equations written out."""
 
-from copy import deepcopy
-from dataclasses import asdict
-from functools import partial
 from itertools import combinations, product
 
+import numpy as np
 import pytest
 import torch
+from defences.neurons_by_hand import T, numbers
 from spikingjelly.activation_based import functional
+from torch import nn
 from torch.testing import assert_close
 
-from sj_robust.defences import OrthogonalEncoder, SmoothingEncoder
+from sj_robust import SpikingClassifier
+from sj_robust.defences import FrequencyEncoder, OrthogonalEncoder, SmoothingEncoder
 from sj_robust.defences.stod import temporal_similarity
-from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import NetworkSpec, build_classifier
-from sj_robust.models.checkpoint import save_checkpoint
 from sj_robust.training import ForwardPasses, TemporalOrthogonality
 
 
@@ -119,22 +118,6 @@ def test_kernels_begin_mutually_orthogonal_and_with_the_identity():
     assert_close(kernels[0], torch.eye(8))
 
 
-def test_gradients_of_kernels_images_and_similarity_are_those_of_finite_differences():
-    encoder = random_kernels(T=2)
-    x = images(n=1).requires_grad_()
-
-    def second_frame(skew, x):
-        functional.reset_net(encoder)
-        with_skew = partial(torch.func.functional_call, encoder, {"skew": skew})
-        with_skew((x,))
-        return with_skew((x,))
-
-    skew = encoder.skew.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(second_frame, (skew, x))
-    some = torch.rand(3, 2, 5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(temporal_similarity, (some,))
-
-
 def test_similarity_is_the_sum_over_pairs_of_squared_cosines():
     generator = torch.Generator().manual_seed(0)
     x_seq = torch.rand(4, 3, 2, 5, generator=generator)
@@ -172,38 +155,94 @@ def test_kernels_that_are_not_kept_are_gone_in_evaluation():
     assert torch.equal(evaluated[1], x)
 
 
-OPTIONS = {
-    "poisson": {},
-    "rsc": {"std": 0.2},
-    "stod": {"patch": 2},
-}
+def pictures(height, width):
+    return numbers(2, 3, height, width)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_network_with_an_encoder_repeats_its_draws_and_lives_in_a_checkpoint(name, tmp_path):
-    spec = NetworkSpec(encoder=name, encoder_options=OPTIONS[name], mean=(0.3,), std=(0.2,))
-    classifier = build_classifier(spec).eval()
-    if name == "stod":
-        classifier.encoder.skew.data.normal_(std=0.1)
-    content = {"description": {"network": asdict(spec), "options": {}}}
-    save_checkpoint(tmp_path / "best.pt", content | {"model": classifier.state_dict()})
-    subject = from_checkpoint(tmp_path / "best.pt")
-    assert f"encoder {name}" in subject.architecture
-    x = torch.rand(3, 1, 8, 8)
-    answers = []
-    for model in (classifier, subject.model, deepcopy(classifier)):
-        torch.manual_seed(3)
-        answers.append(torch.stack([model(x), model(x)]))
-    for again in answers[1:]:
-        assert torch.equal(answers[0], again)
-    first, second = answers[0]
-    assert torch.equal(first, second) == (name == "stod")
+def gradient(frame, weights, x):
+    loss = (frame * weights).sum()
+    (found,) = torch.autograd.grad(loss, x)
+    return found
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_images_get_a_gradient_through_an_encoder(name):
-    classifier = build_classifier(NetworkSpec(encoder=name, channels=(8, 8)))
-    x = torch.rand(4, 1, 8, 8).requires_grad_()
-    total = classifier(x).square().sum()
-    (grad,) = torch.autograd.grad(total, x)
-    assert grad.abs().max() > 0
+def kept(size, keep):
+    """Whether each frequency stays, from the lowest negative one on."""
+    reach = round(keep * (size // 2), 6)
+    stays = []
+    for place in range(size):
+        k = place - size // 2
+        above = k <= reach if size % 2 else k < reach
+        stays.append(above and k >= -reach)
+    return np.array(stays)
+
+
+def filtered(x, keep):
+    """The filtered image, complex, by shifting zero frequency to the middle as the code of the
+    paper does.
+    """
+    axes = (-2, -1)
+    transform = np.fft.fft2(x)
+    spectrum = np.fft.fftshift(transform, axes=axes)
+    rows = kept(x.shape[-2], keep)
+    columns = kept(x.shape[-1], keep)
+    spectrum[:, :, ~rows] = 0
+    spectrum[:, :, :, ~columns] = 0
+    shifted = np.fft.ifftshift(spectrum, axes=axes)
+    return np.fft.ifft2(shifted)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 28), (8, 8), (7, 10)])
+@pytest.mark.parametrize("narrowing", [0.125, 0.2])
+def test_frames_are_filtered_as_by_numpy(height, width, narrowing):
+    x = pictures(height, width)
+    encoder = FrequencyEncoder(narrowing)
+    for t in range(T):
+        plain = filtered(x.numpy(), 1 - narrowing * t)
+        wanted = np.abs(plain)
+        frame = encoder(x)
+        np.testing.assert_allclose(frame, wanted, rtol=0, atol=1e-12)
+        assert t == 0 or not torch.allclose(frame, x, atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_real_part():
+    x = pictures(8, 8).requires_grad_()
+    weights = pictures(8, 8).flip(0)
+    encoder = FrequencyEncoder()
+    for t in range(T):
+        found = gradient(encoder(x), weights, x)
+        stays = kept(8, 1 - t / 8)
+        inside = torch.from_numpy(np.fft.ifftshift(stays))
+        mask = inside[:, None] & inside
+        spectrum = torch.fft.fft2(x) * mask
+        plain = torch.fft.ifft2(spectrum).real
+        wanted = gradient(plain, weights, x)
+        assert_close(found, wanted)
+
+
+def test_black_pixels_have_the_gradient_of_others():
+    x = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    encoder = FrequencyEncoder()
+    encoder(x).sum().backward()
+    assert_close(x.grad, torch.ones_like(x))
+
+
+def test_a_classifier_begins_every_forward_with_the_whole_image():
+    model = SpikingClassifier(nn.Flatten(2), T, FrequencyEncoder())
+    x = pictures(8, 8)
+    encoder = FrequencyEncoder()
+    frames = torch.stack([encoder(x) for _ in range(T)])
+    wanted = frames.flatten(2).mean(0)
+    for _ in range(2):
+        assert_close(model(x), wanted)
+    assert functional.reset_net(model.encoder) is None
+    assert model.encoder.time_step == 0
+    assert encoder(x.bfloat16()).dtype == torch.bfloat16
+    assert encoder(x[:0]).shape == (0, 3, 8, 8)
+    assert encoder.time_step == T + 2
+
+
+def test_a_classifier_says_that_its_encoder_has_no_more_frequencies():
+    spec = NetworkSpec(encoder="feel", neuron="feel", T=9, encoder_options={"narrowing": 0.125})
+    classifier = build_classifier(spec)
+    with pytest.raises(ValueError, match="narrowing"):
+        classifier(torch.rand(2, 1, 8, 8))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from defences.neurons_by_hand import numbers
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional
 from torch import nn
 from torch.testing import assert_close
 
@@ -92,21 +92,6 @@ def test_the_rate_is_the_share_that_gets_through():
     assert not beyond.any()
 
 
-def test_gates_are_in_force_in_evaluation_and_repeat_with_the_seed():
-    node = neuron.IFNode(step_mode="m")
-    net = nn.Sequential(nn.Flatten(2), node, StochasticGate())
-    model = SpikingClassifier(net, T).eval()
-    x = torch.full((2, 1, 4, 4), 0.6)
-    model(x)
-    net[2].rate.data.fill_(0.5)
-    found = []
-    for seed in (0, 1, 0):
-        torch.manual_seed(seed)
-        found.append(model(x))
-    assert torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], found[1])
-
-
 def passes_of(model, x, logits):
     """What penalties are told of a step without perturbed images."""
     return ForwardPasses(
@@ -132,11 +117,3 @@ def test_the_penalty_is_half_the_sum_of_the_squares():
     assert value == 6 * (0.25 + 2.25) / 2
     value.backward()
     assert torch.equal(net[1].rate.grad, net[1].rate.detach())
-
-
-def test_a_rate_that_got_its_shape_in_inference_mode_is_trained():
-    gate = StochasticGate()
-    with torch.inference_mode():
-        gate(torch.ones(T, 2, 5))
-    gate(torch.ones(T, 2, 5)).sum().backward()
-    assert gate.rate.grad.shape == (5,)

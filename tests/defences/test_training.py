@@ -1,10 +1,13 @@
-"""Trainings of networks with defences: stopped and resumed, and with a weight that rises."""
+"""Trainings of networks with defences, with a weight that rises, and with deflated gradients."""
+
+from functools import partial
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer
 from torch import nn
-from training import small_run
+from torch.testing import assert_close
+from training.small_run import of_nodes, run, splits
 
 from sj_robust import DLIFNode
 from sj_robust.defences import (
@@ -12,35 +15,19 @@ from sj_robust.defences import (
     HomeostaticNode,
     StochasticGate,
     SurrogateOverlap,
+    deflate_,
 )
 from sj_robust.defences.stog import GateRates
 from sj_robust.training import ThresholdGuarding
 
-NODES = {
-    "leak": lambda: [EvolvingLeakNode(3)],
-    "homeostasis": lambda: [HomeostaticNode(3, 4.0)],
-    "gates": lambda: [DLIFNode(T=3, tau=4.0), StochasticGate()],
-}
-
-
-def build(kind):
-    first = layer.Linear(16, 24)
-    last = layer.Linear(24, 3)
-    net = nn.Sequential(layer.Flatten(), first, *NODES[kind](), last)
-    functional.set_step_mode(net, "m")
-    net[1].weight.data.mul_(3)
-    return net
-
-
-def options_of(kind):
-    penalties = [GateRates(1e-3)] if kind == "gates" else []
-    return {"build": lambda: build(kind), "objective": {"rho": 0.0, "penalties": penalties}}
+HOMEOSTASIS = partial(HomeostaticNode, 3, 4.0)
 
 
 def test_gates_stay_where_they_can_learn(tmp_path):
     """In this step, momentum carries rates out of their range."""
-    options = options_of("gates") | {"lr": 5.0, "epochs": 2}
-    _, classifier = small_run.run(tmp_path, **options)
+    nodes = (partial(DLIFNode, T=3, tau=4.0), StochasticGate)
+    options = of_nodes(*nodes, penalties=[GateRates(1e-3)]) | {"lr": 5.0, "epochs": 2}
+    _, classifier = run(tmp_path, **options)
     rate = classifier.net[3].rate.detach()
     most = torch.tensor(0.999)
     assert rate.max() == most
@@ -56,25 +43,25 @@ def test_gates_stay_where_they_can_learn(tmp_path):
 
 
 def test_measured_statistics_leave_homeostasis_alone(tmp_path):
-    options = options_of("homeostasis") | {"epochs": 1}
-    _, plain = small_run.run(tmp_path / "plain", **options)
-    _, measured = small_run.run(tmp_path / "measured", **options, precise_statistics=2)
+    options = of_nodes(HOMEOSTASIS) | {"epochs": 1}
+    _, plain = run(tmp_path / "plain", **options)
+    _, measured = run(tmp_path / "measured", **options, precise_statistics=2)
     for name, value in plain.state_dict().items():
         assert torch.equal(measured.state_dict()[name], value), name
 
 
 @pytest.mark.filterwarnings("ignore:MPPDMonitor does not follow")
-@pytest.mark.parametrize("kind", ["homeostasis", "leak"])
+@pytest.mark.parametrize("kind", [HOMEOSTASIS, partial(EvolvingLeakNode, 3)])
 def test_a_loss_that_does_not_fit_the_network_is_refused_before_anything_is_written(tmp_path, kind):
     with pytest.raises(ValueError, match="rho"):
-        small_run.run(tmp_path, build=lambda: build(kind), objective={"rho": 1.0})
+        run(tmp_path, **of_nodes(kind, rho=1.0))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_rises_with_the_batches(tmp_path):
     penalties = [ThresholdGuarding(2.0, rising=True), SurrogateOverlap(0.5)]
     options = {"objective": {"rho": 0.0, "penalties": penalties}, "epochs": 2}
-    history, _ = small_run.run(tmp_path, **options)
+    history, _ = run(tmp_path, **options)
     assert penalties[0].progress == 7 / 8  # before the last of two times four batches
     assert penalties[1].progress == 7 / 8
     for number, record in enumerate(history):
@@ -85,3 +72,73 @@ def test_a_weight_rises_with_the_batches(tmp_path):
         assert largest > 0.01
         share = guarding / largest
         assert (0.1 < share < 0.35) if number == 0 else (0.6 < share < 0.9)
+
+
+def largest_by_power_iteration(matrix):
+    """The best approximation of rank one, without a decomposition."""
+    v = torch.ones(matrix.shape[1], dtype=matrix.dtype)
+    for _ in range(3000):
+        v = matrix.T @ (matrix @ v)
+        v = v / v.norm()
+    return torch.outer(matrix @ v, v)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 7), (4, 2, 3, 3), (1, 6)])
+def test_what_is_left_is_the_gradient_without_its_largest_component(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    weight.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    before = weight.grad.clone()
+    deflate_([weight])
+    taken = largest_by_power_iteration(before.flatten(1)).view(shape)
+    assert_close(weight.grad, before - taken, atol=1e-9, rtol=0)
+
+
+def test_vectors_and_gradients_that_are_not_there_or_not_finite_stay_as_they_are():
+    bias, none, broken = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    bias = nn.Parameter(torch.ones(3))
+    bias.grad = torch.tensor([1.0, 2.0, 3.0])
+    broken.grad = torch.tensor([[1.0, float("inf")], [0.0, 1.0]])
+    kept = broken.grad.clone()
+    deflate_([bias, none, broken])
+    assert bias.grad.tolist() == [1.0, 2.0, 3.0]
+    assert none.grad is None
+    assert torch.equal(broken.grad, kept)
+
+
+def net():
+    found = nn.Sequential(layer.Conv2d(1, 3, 3), HomeostaticNode(3, 4.0), layer.Flatten())
+    found.append(layer.Linear(12, 3))
+    functional.set_step_mode(found, "m")
+    found[0].weight.data.mul_(3)
+    return found
+
+
+def test_a_step_of_the_training_is_one_with_deflated_gradients(tmp_path):
+    """One step of SGD without momentum: the weights move by the gradient, which lacks a rank; maps
+    of a neuron are no weights.
+    """
+    moved = {}
+    for deflation in (False, True):
+        step = {"epochs": 1, "batch_size": 64, "momentum": 0.0, "weight_decay": 0.0}
+        step |= {"dtype": torch.float64, "build": net, "perturb": None, "deflation": deflation}
+        torch.manual_seed(7)
+        before = net().double().state_dict()
+        _, classifier = run(
+            tmp_path / str(deflation),
+            data=splits(dtype=torch.float64),
+            objective={"rho": 0.0},
+            **step,
+        )
+        after = classifier.net.state_dict()
+        moved[deflation] = {name: after[name] - before[name] for name in before if name in after}
+        moved[deflation]["1.rate"] = after["1.rate"]
+    for name in ("0.weight", "3.weight"):
+        plain = moved[False][name]
+        assert plain.abs().max() > 1e-4
+        left = plain - largest_by_power_iteration(plain.flatten(1)).view_as(plain)
+        assert_close(moved[True][name], left, atol=1e-10, rtol=0)
+    assert moved[False]["1.rate"].ndim == 3
+    for name in ("1.rate", "3.bias"):
+        assert moved[False][name].any()
+        assert_close(moved[True][name], moved[False][name])

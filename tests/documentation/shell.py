@@ -15,7 +15,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from sj_robust.core.commands import COMMANDS
+from sj_robust.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 600

@@ -13,7 +13,6 @@ import pytest
 import torch
 from covering import each_in_turn, every_pair
 from spikingjelly.activation_based import layer
-from spikingjelly.activation_based.model import sew_resnet
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,7 +20,7 @@ from sj_robust import SpikingClassifier, ops
 from sj_robust.core.checks import is_compiled
 from sj_robust.core.host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron, surrogate
 from sj_robust.estimators import ESTIMATORS, estimator
-from sj_robust.neuron import DLIFNode, Stage, fuse
+from sj_robust.neuron import DLIFNode, fuse
 
 T = 3
 NEURONS = {
@@ -240,72 +239,21 @@ def test_backends_of_dlif(name, backend):
         assert applied.moved == ({} if name == "atan:4" else moved)
 
 
-def batch_norm(net):
-    """The batch norm in front of the first neuron, in a stage or not."""
-    if isinstance(net[1], Stage):
-        return net[1].norm
-    return net[1]
-
-
-@dataclass
-class FusedRun:
-    """Output and gradient of a network with batch norm, and the statistics that it leaves."""
-
-    out: torch.Tensor
-    grad: torch.Tensor
-    running_mean: torch.Tensor
-    batches: int
-
-    @classmethod
-    def of(cls, net, name):
-        generator = torch.Generator().manual_seed(2)
-        weights = torch.randn(T, 4, 5, generator=generator)
-        leaf = images().requires_grad_()
-        with estimator(name)(net):
-            out = net(leaf.expand(T, *leaf.shape))
-            weighted = out * weights
-            (grad,) = torch.autograd.grad(weighted.sum(), leaf)
-        functional.reset_net(net)
-        norm = batch_norm(net)
-        return cls(
-            out=out.detach(),
-            grad=grad,
-            running_mean=norm.running_mean.clone(),
-            batches=int(norm.num_batches_tracked),
-        )
-
-
 @pytest.mark.parametrize(("name", "training"), each_in_turn(ESTIMATORS, [False, True]))
 def test_fused_batch_norm(name, training):
-    net = classifier(NEURONS["DLIF"]).net[:-1].train(training)
-    plain = FusedRun.of(copy.deepcopy(net), name)
-    fuse(net)
-    reference = copy.deepcopy(net)
-    fused = FusedRun.of(net, name)
-    x = images()
-    expected = reference(x.expand(T, *x.shape))
-    assert torch.equal(fused.out, expected)  # to the bit with the fused pass
-    assert_close(fused.grad, plain.grad, rtol=1e-4, atol=1e-5)
-    assert_close(fused.running_mean, plain.running_mean)
-    assert plain.batches == fused.batches == int(training)
-
-
-@pytest.mark.slow
-def test_model_zoo():
-    torch.manual_seed(0)
-    net = sew_resnet.sew_resnet18(
-        num_classes=10,
-        cnf="ADD",
-        spiking_neuron=neuron.LIFNode,
-        tau=1.5,
-        surrogate_function=surrogate.ATan(),
-    )
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # so that neurons fire
-            nn.init.constant_(module.weight, 2.0)
-            nn.init.constant_(module.bias, 0.5)
-    functional.set_step_mode(net, "m")
-    assert_same_values(SpikingClassifier(net, T=2).eval(), torch.rand(2, 3, 16, 16), "bptr")
+    plain = classifier(NEURONS["DLIF"]).train(training)
+    fused = copy.deepcopy(plain)
+    fuse(fused.net)
+    expected = copy.deepcopy(fused)(images())
+    runs = []
+    for model in (plain, fused):
+        with estimator(name)(model) as crafting:
+            runs.append(Run.of(crafting, images()))
+    assert torch.equal(runs[1].values[0], expected)  # to the bit with the fused pass
+    assert_close(runs[1].grad, runs[0].grad, rtol=1e-4, atol=1e-5)
+    norms = [plain.net[1], fused.net[1].norm]
+    assert_close(norms[1].running_mean, norms[0].running_mean)
+    assert norms[0].num_batches_tracked == norms[1].num_batches_tracked == int(training)
 
 
 @pytest.mark.parametrize("name", ["bptr", "rga", "pdsg", "assg", "hart", "hart_mixed"])

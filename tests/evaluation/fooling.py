@@ -229,6 +229,13 @@ class ShakesByTheImage(Around):
         return self.net(torch.stack(found))
 
 
+class Wiggles(Around):
+    """Much steeper than any step of the radius is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.03 * torch.sin(400 * x))
+
+
 class Saturates(Around):
     def forward(self, x: Tensor) -> Tensor:
         return 1e4 * self.net(x)
@@ -256,4 +263,5 @@ FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "shakes by the clock": ShakesByTheClock,
     "shakes by the image": ShakesByTheImage,
     "saturates": Saturates,
+    "wiggles": Wiggles,
 }

@@ -13,13 +13,13 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian, pgd
-from sj_robust.attacks.threat import ThreatModel
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation import Member
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.identity import network_key
 from sj_robust.evaluation.run.loop import Asked, run
+from sj_robust.evaluation.run.member import Variant
 from sj_robust.evaluation.run.progress import Watch
-from sj_robust.evaluation.run.variant import Variant
 
 EPS = 0.1
 THREAT = ThreatModel("Linf", EPS)

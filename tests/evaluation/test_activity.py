@@ -143,8 +143,3 @@ def test_what_does_not_spike_or_run_is_left_out():
         net = nn.Sequential(nn.Identity(), neuron.NonSpikingLIFNode())
         functional.set_step_mode(net, "m")
         assert firing(net, torch.ones(T, 2, 3)) == ()
-
-
-def test_wrong_use():
-    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
-        firing(lambda x: x, images())

@@ -1,10 +1,12 @@
 """What a whole evaluation looks at: at which radii, and on how many images."""
 
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from evaluation.short_suite import shortened
+from evaluation.short_suite import short_suite, shortened
 from spikingjelly.activation_based import neuron
 from torch import nn
 
@@ -12,7 +14,7 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.attacks.logits import margin
 from sj_robust.evaluation import assess as assessment
-from sj_robust.evaluation import make_suite
+from sj_robust.evaluation import diagnose, make_suite
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.run.member import craft
 from sj_robust.evaluation.run.progress import Watch
@@ -20,10 +22,17 @@ from sj_robust.evaluation.subject import Subject
 
 
 def without_attacks(suite):
-    return replace(suite, search=None, members=suite.members[:1], control=())
+    return replace(suite, search=None, members=suite.members[:1], control=(), plain=())
 
 
-def assessed(threat, sizes=(6,), *, is_sorted=False, **more):
+def one_of_each(suite):
+    """Of the members that attack alike, the first."""
+    short = short_suite(suite)
+    members = {member.attack.func: member for member in reversed(short.members)}
+    return replace(short, members=tuple(reversed(members.values())), control=(), plain=())
+
+
+def assessed(threat, sizes=(3,), *, is_sorted=False, **more):
     """A report on batches of so many images for a linear network, and what was said meanwhile."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -32,7 +41,8 @@ def assessed(threat, sizes=(6,), *, is_sorted=False, **more):
         labels = torch.cat(labels).sort().values.split(list(sizes))
     batches = [(torch.rand(len(y), 1, 2, 2), y) for y in labels]
     said: list[str] = []
-    with shortened(without_attacks):
+    quick = partial(diagnose, steps=2)
+    with shortened(without_attacks), patch.object(assessment, "diagnose", quick):
         watch = Watch(said.append)
         request = Request("fast", threat, "made up", 3, proofs=False, watch=watch, **more)
         report = assessment.assess(Subject("mine", net, "one layer"), batches, request)
@@ -58,10 +68,10 @@ def test_accuracy_over_eps_has_the_radii_that_are_asked_for():
 
 
 def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of_all():
-    report, said = assessed(ThreatModel("L2", 0.1), sizes=(200, 100))
+    report, said = assessed(ThreatModel("L2", 0.1), sizes=(200, 60), radii=(0.1,))
     assert said[0] == "firing rates on 256 images"
     assert {point.total for point in report.over_eps} == {256}
-    assert len(report.labels) == 300
+    assert len(report.labels) == 260
     assert not report.warnings
 
 
@@ -75,7 +85,7 @@ def test_without_checks_there_are_the_attacks_alone():
 
 
 def test_figures_of_the_first_images_are_doubted_where_these_are_of_one_class():
-    report, _ = assessed(ThreatModel("Linf", 0.1), sizes=(400, 400), is_sorted=True)
+    report, _ = assessed(ThreatModel("Linf", 0.1), sizes=(400, 400), is_sorted=True, checks=False)
     (warning,) = report.warnings
     assert warning.startswith("The first 256 images")
     assert warning.endswith("hold 1 of 3 classes: shuffle the images.")
@@ -84,14 +94,15 @@ def test_figures_of_the_first_images_are_doubted_where_these_are_of_one_class():
     assert assessment._of_few_classes(sorted(thousand), sorted(thousand)[:256])
 
 
-@pytest.mark.parametrize(("suite", "sizes"), [("fast", (8, 42)), ("standard", (8,))])
-def test_no_forward_sees_more_images_than_a_batch_or_than_the_diagnosis(suite, sizes):
+@pytest.mark.parametrize(("suite", "sizes"), [("fast", (8, 22)), ("standard", (8,))])
+def test_no_forward_sees_more_images_than_a_batch_or_than_the_diagnosis(suite, sizes, monkeypatch):
     """Whoever takes small batches has little memory."""
+    monkeypatch.setattr(assessment, "DIAGNOSED", 20)
     torch.manual_seed(0)
     nodes = [neuron.IFNode(step_mode="m") for _ in range(2)]
     net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 4), nodes[0], nn.Linear(4, 3), nodes[1])
     model = SpikingClassifier(net, T=2)
-    x = torch.rand(42, 1, 2, 2)
+    x = torch.rand(22, 1, 2, 2)
     with torch.no_grad():
         y = model(x).argmax(1)
     seen = []
@@ -100,10 +111,12 @@ def test_no_forward_sees_more_images_than_a_batch_or_than_the_diagnosis(suite, s
     for size in sizes:
         seen.clear()
         parts = list(zip(x.split(size), y.split(size), strict=True))
-        request = Request(suite, ThreatModel("Linf", 0.05), "made up", 3, proofs=False)
-        with shortened():
+        request = Request(
+            suite, ThreatModel("Linf", 0.05), "made up", 3, proofs=False, radii=(0.05,)
+        )
+        with shortened(one_of_each):
             report = assessment.assess(Subject("mine", model, "two layers"), parts, request)
-        assert size == 42 or max(seen) <= assessment.DIAGNOSED
+        assert size == 22 or max(seen) <= assessment.DIAGNOSED
         chosen = [(row["estimator"], row["chosen"]) for row in report.estimators]
         found.append((chosen, report.firing))
     assert found[0] == found[-1]

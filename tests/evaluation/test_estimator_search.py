@@ -122,19 +122,3 @@ def test_images_that_fall_with_one_of_two_estimators_alone_are_counted():
     untried = trials["hart:1.2"]
     assert untried.note
     assert untried.gained == 0
-
-
-def test_wrong_use():
-    with pytest.raises(ValueError, match="images that are classified correctly, got none among 5"):
-        search(slice(0, 40, 8))
-    with pytest.raises(ValueError, match="an estimator must begin with one of .*, got 'atna'"):
-        search(candidates=["atan:4", "atna:4"])
-    for name, least in {
-        "steps": 1,
-        "images": 1,
-        "count": 1,
-        "finalists": 0,
-        "final_steps": 1,
-    }.items():
-        with pytest.raises(ValueError, match=f"{name} must be >= {least}, got -1"):
-            EstimatorSearch(**{name: -1})

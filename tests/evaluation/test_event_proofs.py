@@ -13,13 +13,13 @@ from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation import Fault, Report, stress
 from sj_robust.evaluation import assess as whole
-from sj_robust.evaluation.run.proofs import Proofs, has_proofs, verify_within
+from sj_robust.evaluation.run.proofs import Proofs, has_proofs
 from sj_robust.proofs import verify
 
 T = 2
 
 
-def network():
+def network(T=T):
     torch.manual_seed(3)
     node = neuron.LIFNode(tau=2.0, v_threshold=0.3, decay_input=False)
     net = nn.Sequential(layer.Conv2d(2, 4, 2), node, layer.Flatten(), layer.Linear(16, 3))
@@ -31,7 +31,7 @@ def network():
 
 def samples(model, count=12):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(2, (count, T, 2, 3, 3), generator=generator).float()
+    x = torch.randint(2, (count, model.T, 2, 3, 3), generator=generator).float()
     y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 3  # one that is wrong
     return x, y
@@ -56,7 +56,7 @@ def proved():
 def test_the_bracket_of_changed_events_is_that_of_verify(proved):
     model = network()
     x, y = samples(model)
-    found = verify(model, x, y, 1, norm="L0")
+    found = verify(model, x, y, ThreatModel("L0", 1))
     verified = {number for number, one in enumerate(found.verified) if one}
     assert proved.standing("verified") == verified
     assert 0 < len(verified) < 11
@@ -85,14 +85,11 @@ def test_the_bracket_of_moved_events_is_that_of_verify(most):
             model,
             x,
             y,
-            eps=2,
-            norm="moves",
-            largest_shift=1,
-            counts=most == 2,
+            eps=ThreatModel("moves", 2, largest_shift=1, counts=most == 2),
             suite="events",
             progress=False,
         )
-    found = verify(model, x, y, 2, norm="moves", largest_shift=1, counts=most == 2)
+    found = verify(model, x, y, report.threat)
     verified = {number for number, one in enumerate(found.verified) if one}
     assert report.standing("verified") == verified
     assert len(verified) > 0
@@ -111,14 +108,15 @@ def test_an_evaluation_of_counts_does_not_depend_on_the_batches(norm):
     x = samples(model)[0][:6]
     x[::2] *= 3
     y = model(x).argmax(1)
-    given = {"eps": 2, "norm": norm, "counts": True, "suite": "events", "progress": False}
+    threat = ThreatModel(norm, 2, counts=True)
+    given = {"eps": threat, "suite": "events", "progress": False}
     with shortened(two_members):
         reports = [evaluate(model, x, y, batch_size=size, **given) for size in (6, 1)]
     names = ["verified", *(row.member for row in reports[0].attacks)]
     assert len(names) > 2
     for name in names:
         assert reports[0].standing(name) == reports[1].standing(name)
-    assert reports[0].threat == ThreatModel(norm, 2, counts=True)
+    assert reports[0].threat == threat
     assert "in frames of event counts" in reports[0].verdict
     assert Report.from_json(reports[0].to_json()) == reports[0]
     low, high = reports[0].bracket
@@ -132,14 +130,13 @@ def test_stress_of_counts_attacks_counts():
     x *= 3
     y = model(x).argmax(1)
     faults = [Fault("jitter", 1)]
-    given = {"eps": 3, "faults": faults, "draws": 1, "steps": 3, "progress": False}
+    given = {"faults": faults, "draws": 1, "steps": 3, "progress": False}
     with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
-        stress(model, x, y, **given)
-    report = stress(model, x, y, counts=True, **given)
+        stress(model, x, y, eps=3, **given)
+    threat = ThreatModel("L0", 3, counts=True)
+    report = stress(model, x, y, eps=threat, **given)
     assert report.variants == ("none", "jitter:1")
-    assert report.threat == ThreatModel("L0", 3, counts=True)
-    with pytest.raises(ValueError, match="counts says what event frames hold, got it for Linf"):
-        evaluate(model, x, y, eps=0.1, norm="Linf", counts=True)
+    assert report.threat == threat
 
 
 def test_later_batches_are_checked_too():
@@ -151,16 +148,18 @@ def test_later_batches_are_checked_too():
 
 
 def test_a_total_shift_limits_moves_and_how_far_each_goes():
-    model = network()
+    model = network(T=4)
     x, y = samples(model)
     threat = ThreatModel("moves", 5, total_shift=1)
-    found = verify_within(model, x, y, threat)
-    assert (found.eps, found.largest_shift) == (1, 1)
-    assert found == verify(model, x, y, 1, norm="moves", largest_shift=1)
-    every = verify_within(model, x, y, replace(threat, total_shift=x.shape[1]))
-    assert every == verify(model, x, y, x.shape[1], norm="moves")
-    with pytest.raises(ValueError, match="to prove anything, got 'L2'"):
-        verify_within(model, x, y, ThreatModel("L2", 0.5))
+    T = x.shape[1]
+    for limited, as_good_as in (
+        (threat, ThreatModel("moves", 1, largest_shift=1)),
+        (replace(threat, total_shift=T), ThreatModel("moves", T)),
+        (replace(threat, eps=1, total_shift=9), ThreatModel("moves", 1)),
+        (ThreatModel("moves", 1, largest_shift=9), ThreatModel("moves", 1)),
+    ):
+        found = verify(model, x, y, limited)
+        assert replace(found, threat=as_good_as) == verify(model, x, y, as_good_as)
 
 
 @pytest.mark.slow

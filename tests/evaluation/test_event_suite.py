@@ -92,7 +92,7 @@ class TestSuite:
         assert others <= set(names)
         for member in (*suite.members, *suite.control):
             assert member.threat == TEN
-            assert member.attack.keywords["flips"] == 10
+            assert member.attack.keywords["eps"] == TEN
             searched = member.attack.func is flip_events
             assert member.attack.keywords.get("reduce") is (False if searched else None)
         tries = [m.attack.keywords for m in suite.members if m.attack.func is random_flips]
@@ -193,9 +193,7 @@ class TestReport:
         x, y = bars.x[:8], bars.y[:8].clone()
         y[:4] = (y[:4] + 1) % 4  # the source is wrong already
         x_adv = craft(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8)))
-        plain = flip_events(
-            bars.model, x, y, flips=10, reduce=False, generator=SampleSeeds(range(8))
-        )
+        plain = flip_events(bars.model, x, y, eps=10, reduce=False, generator=SampleSeeds(range(8)))
         assert bool((margin(bars.model(x_adv), y) < margin(bars.model(x), y)).all())
         fooled = bars.model(plain).argmax(1) != y
         assert int(fooled[4:].sum()) > 0
@@ -223,5 +221,3 @@ def test_wrong_use(bars):
         ValueError, match=r"got values from 0 to 3; for numbers of events pass counts"
     ):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
-    with pytest.raises(ValueError, match="eps must be <= 1200, the values of a sample, got 1201"):
-        evaluated(bars, threat=ThreatModel("L0", 1201))

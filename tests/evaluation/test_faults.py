@@ -360,37 +360,6 @@ def test_the_network_is_as_it_was_and_its_copy_can_be_attacked(kind):
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize(
-    ("kind", "level", "message"),
-    [
-        ("rust", 1, "kind must be one of weight_bits, .*, got 'rust'"),
-        ("weight_bits", 1, "level of weight_bits must be an integer >= 2 and <= 32, got 1"),
-        ("weight_bits", 2.5, "must be an integer"),
-        ("stuck_at_zero", 1.1, "must be a number >= 0 and <= 1, got 1.1"),
-        ("lost_steps", True, "must be an integer >= 1, got True"),
-        ("first_steps", 0, "first_steps must be an integer >= 1"),
-    ],
-)
-def test_wrong_faults(kind, level, message):
-    with pytest.raises(ValueError, match=message):
-        Fault(kind, level)
-
-
-@pytest.mark.parametrize(
-    ("model", "fault", "message"),
-    [
-        (nn.Flatten(), Fault("weight_bits", 4), "needs a network with some"),
-        (nn.Linear(2, 2), Fault("lost_spikes", 0.1), "needs SpikingJelly neurons, got a Linear"),
-        (nn.Linear(2, 2), Fault("lost_steps", 1), "need a SpikingClassifier"),
-        (neuron.QIFNode(), Fault("tau_drift", 0.1), r"tau of  \(QIFNode\) cannot drift"),
-        (classifier().train(), Fault("first_steps", 3), "steps must be < T = 3, got 3"),
-    ],
-)
-def test_networks_that_cannot_have_a_fault(model, fault, message):
-    with unchanged(model), pytest.raises(ValueError, match=message):
-        faulty(model, fault)
-
-
 def test_answers_after_fewer_steps_are_among_the_default_faults():
     faults = default_faults(chain())
     levels = [fault.level for fault in faults if fault.kind == "first_steps"]

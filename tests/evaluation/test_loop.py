@@ -6,10 +6,10 @@ import pytest
 import torch
 from evaluation import masked, suite_run
 
-from sj_robust.attacks import fgsm, pgd
-from sj_robust.attacks.threat import ThreatModel
+from sj_robust.attacks import fgsm
 from sj_robust.core.digest import fingerprint
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data
@@ -237,19 +237,6 @@ def test_half_precision(whole, dtype):
         assert found <= 4
         assert row["member"] == "gaussian" or row["largest"] <= suite_run.EPS + 1e-6
     assert attacks[2]["fell"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"suite": suite_run.members()[:1] * 2}, "names of their own"),
-        ({"suite": [Member("clean", partial(fgsm, eps=0.1))]}, "none may be 'clean'"),
-        ({"suite": [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))]}, "eps"),
-    ],
-)
-def test_wrong_use(options, message):
-    with pytest.raises(ValueError, match=message):
-        suite_run.outcome_of(**options)
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,11 @@ def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
         assert found[symptom].remedy in str(found[symptom])
 
 
-def test_random_outputs_are_no_sign_where_attacks_average(honest, batch):
-    found = findings(before(masked.shaken)(honest), batch, estimators=None, eot_samples=3)
+def test_random_outputs_are_no_sign_where_attacks_average():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.rand(12, 1, 8, 8)
+    shaken = masked.Before(masked.shaken, net)
+    found = findings(shaken, (x, net(x).argmax(1)), estimators=None, eot_samples=3)
     random = found["random_outputs"]
     assert random.passed
     assert random.value > 0.9
@@ -256,35 +259,6 @@ def test_any_callable_will_do_and_so_does_inference_mode(linear, batch):
     assert findings(lambda x: linear(x), batch) == expected
     with torch.inference_mode():
         assert findings(linear, [tensor.clone() for tensor in batch]) == expected
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"threat": ThreatModel("Linf", 0.0)}, ValueError, "eps must be > 0"),
-        ({"threat": 0.1}, TypeError, "must be a ThreatModel"),
-        (
-            {"threat": ThreatModel("L0", 10)},
-            ValueError,
-            "'Linf' or 'L2', whose attacks move values a little, got 'L0'",
-        ),
-        ({"steps": 0}, ValueError, "steps must be >= 1"),
-        ({"eot_samples": 1.5}, TypeError, "eot_samples must be an integer"),
-        ({"estimators": ["no such"]}, ValueError, "no such"),
-        ({"model": None}, TypeError, "callable"),
-    ],
-)
-def test_wrong_use(linear, change, error, match):
-    arguments = {
-        "model": linear,
-        "x": torch.zeros(2, 1, 8, 8),
-        "y": torch.tensor([0, 1]),
-        "threat": THREAT,
-        "seed": 0,
-    }
-    arguments |= change
-    with pytest.raises(error, match=match):
-        diagnose(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
 
 
 def trial(name, left, gained=0, lost=0, note="", steps=60):

@@ -2,13 +2,11 @@
 leaves behind.
 """
 
-import io
 from contextlib import contextmanager
 
 import pytest
 import torch
 from evaluation.suite_run import Net, classifier, images
-from rich.console import Console
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,9 +17,8 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import own_network
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.report.terminal import Display
 from sj_robust.evaluation.request import Request
-from sj_robust.evaluation.run.progress import Position, Watch
+from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.subject import Subject
 
 T = 3
@@ -126,25 +123,20 @@ def test_wrong_use_says_what_to_do():
             sj_robust.evaluate(*arguments, **{"eps": 0.1, "progress": False} | options)
 
 
-def test_a_radius_and_numbers_per_channel_are_checked_once(asked, monkeypatch):
-    calls = []
-
-    def counted(name):
-        check = getattr(own_network, name)
-
-        def call(*arguments, **options):
-            calls.append(name)
-            return check(*arguments, **options)
-
-        monkeypatch.setattr(own_network, name, call)
-
-    counted("parse_radii")
-    counted("check_channels")
-    sj_robust.evaluate(lif("m"), *images(FEW), eps="8/255", T=T, progress=False, **NORMAL)
-    assert sorted(calls) == ["check_channels", "check_channels", "parse_radii"]
+@pytest.mark.parametrize(
+    ("eps", "radii", "threat"),
+    [
+        ("8/255", (), ThreatModel("Linf", 8 / 255)),
+        ([0.2, "0.1", 0.2], (0.1, 0.2), ThreatModel("Linf", 0.2)),
+        ([ThreatModel("L2", 0.5), ThreatModel("L2", 0.2)], (0.2, 0.5), ThreatModel("L2", 0.5)),
+    ],
+)
+def test_what_is_given_reaches_the_request(eps, radii, threat, asked):
+    sj_robust.evaluate(lif("m"), *images(FEW), eps=eps, T=T, progress=False, **NORMAL)
+    request = asked[-1][3]
     given = {"T": T, "mean": (0.3,), "std": (0.5,), "decay": {}, "gain": {}}
-    assert asked[-1][3].configuration == given
-    assert asked[-1][3].radii == ()
+    assert request.configuration == given
+    assert (request.threat, request.radii) == (threat, radii)
 
 
 class Quiet(neuron.LIFNode):
@@ -198,44 +190,3 @@ def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path,
     for one, other in zip(report.rows, whole.rows, strict=True):
         assert (one.member, one.fell) == (other.member, other.fell)
     assert report.findings == whole.findings
-
-
-def test_certify_verify_and_compare_take_the_bare_network():
-    torch.manual_seed(0)
-    x, y = images(FEW)
-    net, options = lif("m").eval(), {"T": T} | NORMAL
-    model = SpikingClassifier(net, **options).eval()
-    moved = (x + 0.1).clamp(0, 1)
-    assert sj_robust.perturbation_gains(
-        net, x, x_perturbed=moved, **options
-    ) == sj_robust.perturbation_gains(model, x, x_perturbed=moved)
-    found, wanted = (
-        sj_robust.verify(net, x, y, "8/255", **options),
-        sj_robust.verify(model, x, y, 8 / 255),
-    )
-    assert (found.margin, found.eps) == (wanted.margin, 8 / 255)
-    stats = [
-        sj_robust.compare_potentials(net, x, moved, **options),
-        sj_robust.compare_potentials(model, x, moved),
-        sj_robust.compare_potentials(
-            net, *(model._normalise(values, 1).expand(T, -1, -1, -1, -1) for values in (x, moved))
-        ),
-    ]
-    for one in stats:
-        assert list(one) == ["2"]
-        torch.testing.assert_close(one["2"].ms_mppd, stats[0]["2"].ms_mppd)
-    assert float(stats[0]["2"].ms_mppd[-1]) > 0
-
-
-def test_progress_in_a_notebook_is_one_line_written_over():
-    file = io.StringIO()
-    with Display(Console(file=file, force_jupyter=True)) as display:
-        display.say("checks for gradient masking")
-        display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))
-    lines = file.getvalue().split("\r")
-    assert "\n" not in file.getvalue()
-    assert [line.strip() for line in lines if line.strip()] == [
-        "checks for gradient masking",
-        "25 % done, 1 min 23 s left, batch 1/4, apgd_ce",
-    ]
-    assert lines[-2].strip() == ""

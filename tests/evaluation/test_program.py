@@ -13,8 +13,8 @@ from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel
 from sj_robust.data import load_images
 from sj_robust.evaluation import from_checkpoint
-from sj_robust.evaluation.run import program as module
-from sj_robust.evaluation.run.program import program
+from sj_robust.evaluation.run import proofs as module
+from sj_robust.evaluation.run.proofs import program
 from sj_robust.models import pretrained
 
 KNOWN = Path(__file__).parents[1] / "attacks" / "ground_truth"

@@ -232,6 +232,18 @@ def test_what_is_not_proved_is_attacked_alone_and_the_report_says_why(model, rea
     assert reason in text
 
 
+def test_what_is_not_proved_beyond_the_radius_ends_no_evaluation(monkeypatch):
+    def stand_in(model, data, radii, threat):
+        if max(radii) > SMALL:
+            raise UnprovableError("other time steps there")
+        return prove(model, data, radii, threat)
+
+    monkeypatch.setattr(assessment, "prove", stand_in)
+    made = assess(change=first_attack)
+    assert made.verified is not None
+    assert any("over eps: other time steps there" in text for text in made.warnings)
+
+
 MOVES = ThreatModel("moves", 3, largest_shift=1, total_shift=4)
 
 

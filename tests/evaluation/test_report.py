@@ -21,9 +21,7 @@ from rich.console import Console
 from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.intervals import wilson_interval
-from sj_robust.evaluation.report.terminal import Display
 from sj_robust.evaluation.result import Point, Row
-from sj_robust.evaluation.run.progress import Position
 
 
 def test_figures_counted_by_hand():
@@ -70,29 +68,6 @@ def test_accuracy_over_eps_is_of_its_own_rows_or_of_members_with_other_radii():
     found = report(members=(*MEMBERS, *levels)).over_eps
     assert [(point.eps, point.attack) for point in found[1:]] == [("0.05", "pgd"), ("0.2", "pgd")]
     assert report(members=(*MEMBERS, levels[0])).over_eps == ()
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ((clean(), member("a", (9,), seen=(9,))), "'a' must fool images that .*, of those classif"),
-        ((clean(), member("a", (3,), seen=(2,))), "'a' must fool images that it attacked"),
-        ((clean(), member("a", (), seen=(10,))), "from 0 to 9, got 10"),
-        ((clean(), member("a", (1, 2), digests="0" * 15)), "digests of 'a' .* got 15"),
-        ((clean(), member("a", outside=(1,))), "'a' must fool images that it attacked"),
-    ],
-)
-def test_rows_that_contradict_each_other_are_refused(rows, message):
-    with pytest.raises(ValueError, match=message):
-        report(rows=rows)
-    with pytest.raises(ValueError, match="at least one image"):
-        report(labels=())
-
-
-@pytest.mark.parametrize("rows", [(), (member("a"),), (clean(), member("a", variant="other"))])
-def test_rows_without_that_of_the_clean_images_are_refused(rows):
-    with pytest.raises(ValueError, match="needs a row of the clean images"):
-        report(rows=rows)
 
 
 def trained(name, rows, **more):
@@ -416,15 +391,3 @@ def test_figures_from_the_saved_report_alone(tmp_path):
 def test_a_potential_that_nothing_moves_is_drawn():
     still = {"member": "a", "samples": 1, "layers": {"one": [0.0], "two": [0.0, 0.0]}}
     assert list(report(potential=(still,)).figures()) == ["attacks", "potential"]
-
-
-def test_progress_without_a_terminal_is_plain(monkeypatch):
-    console = Console(file=io.StringIO(), width=100)
-    monkeypatch.setattr("sj_robust.evaluation.report.terminal.PAUSE", -1.0)
-    with Display(console) as display:
-        display.on_step(Position(0, 4, "apgd_ce/[atan]", 3, 12, 3723.0))
-    assert console.file.getvalue() == "25 % done, 1 h 2 min left, batch 1/4, apgd_ce/[atan]\n"
-    bar = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with Display(bar) as display:
-        display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))
-    assert "1 min 23 s left" in bar.file.getvalue()

@@ -150,5 +150,3 @@ def test_outside_an_evaluation_it_begins_from_what_it_is_given():
     model = suite_run.classifier()
     assert torch.equal(craft(model, x, y, member, seeds=seeds, starts=given), given[0])
     assert torch.equal(craft(model, x, y, member, seeds=seeds), x)
-    with pytest.raises(TypeError, match="takes_starts must be True or False, got 1"):
-        Member("wrong", member.attack, takes_starts=1)

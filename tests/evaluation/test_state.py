@@ -89,7 +89,7 @@ def test_everything_stays_as_it_was(name, fail):
 
 @pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
 def test_the_network_runs_in_evaluation_mode(measure):
-    x, y = labelled()
+    x, y = labelled(12)
     model = SpikingClassifier(network(), T=T)
     found = measure(model.train(), x, y, 0)
     expected = measure(model.eval(), x, y, 0)

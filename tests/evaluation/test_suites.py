@@ -16,9 +16,8 @@ from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.data import load_images
-from sj_robust.evaluation import Member, make_suite, search_estimators, worst_case
+from sj_robust.evaluation import make_suite, search_estimators, worst_case
 from sj_robust.evaluation.run.estimator_search import CANDIDATES
-from sj_robust.evaluation.run.suites import Suite
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import load_checkpoint
 
@@ -148,11 +147,9 @@ class TestMakeUp:
     def test_any_choice_any_number_of_classes_both_norms(self, name, chosen, classes, norm):
         suite = make_suite(name, ThreatModel(norm, 0.1), chosen=chosen, classes=classes)
         attacks = [member.attack for member in suite.members]
-        assert all(attack.keywords["eps"] == 0.1 for attack in attacks)
-        assert all(attack.keywords.get("norm", "Linf") == norm for attack in attacks)
-        assert {member.threat for member in (*suite.members, *suite.control)} == {
-            ThreatModel(norm, 0.1)
-        }
+        threat = ThreatModel(norm, 0.1)
+        assert all(attack.keywords["eps"] == threat for attack in attacks)
+        assert {member.threat for member in (*suite.members, *suite.control)} == {threat}
         assert {member.estimator for member in suite.members} >= {"training", *chosen[:2]}
         losses = {attack.keywords.get("loss") for attack in attacks}
         assert ("dlr" in losses) == (classes > 2)
@@ -178,40 +175,6 @@ class TestMakeUp:
             search = "control/spike_search/training/r0"
             expected = [*ce[:2], "control/apgd_dlr/training/r0", ce[2], search]
             assert [member.name for member in suite.control] == expected
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"name": "quick"}, "suite must be one of paper, .*, gradients, events, got 'quick'"),
-            ({"classes": 1}, "classes must be an integer >= 2, got 1"),
-            ({"name": "paper", "chosen": ["assg"]}, r"has its estimators fixed, got \['assg'\]"),
-            ({"name": "gradients", "chosen": ["atan:4"]}, "has its estimators fixed"),
-            (
-                {"name": "paper", "threat": ThreatModel("L2", 1.0)},
-                "suite 'paper' is defined for Linf, got 'L2'",
-            ),
-            (
-                {"name": "long", "threat": ThreatModel("L2", 1.0)},
-                "suite 'long' is defined for Linf, got 'L2'",
-            ),
-            ({"threat": ThreatModel("L2", 0.0)}, "eps must be > 0 to attack at all, got 0.0"),
-            ({"rounds": 0}, "rounds must be >= 1, got 0"),
-            (
-                {"name": "paper", "rounds": 2},
-                "suite 'paper' is run once, got rounds=2; suites of several rounds: 'fast', ",
-            ),
-            ({"name": "events"}, "'events' does not fit a threat in Linf; count changes"),
-        ],
-    )
-    def test_wrong_use(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            make_suite(**{"name": "fast", "threat": EIGHT, "classes": 10} | arguments)
-        member = Member("idle", lambda model, x, y, *, generator: x)
-        with pytest.raises(
-            ValueError,
-            match=r"names of a suite's attacks must differ, got \['idle'\] more than once",
-        ):
-            Suite("mine", (member,), (member,), "twice the same")
 
 
 class TestCost:

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 import pytest
 import yaml
 from lab.command_line import (
+    AtLeastTwo,
+    DatasetName,
+    Decides,
+    Idle,
+    Often,
+    OpenUnitInterval,
+    PositiveInt,
+    Radius,
     WrongUse,
+    Yaml,
+    YamlDict,
     check_options,
     checked,
     deciding,
@@ -17,18 +27,6 @@ from lab.command_line import (
     plain,
     read_options,
     run_recipe,
-)
-from lab.command_line.declared import (
-    AtLeastTwo,
-    DatasetName,
-    Decides,
-    Idle,
-    Often,
-    OpenUnitInterval,
-    PositiveInt,
-    Radius,
-    Yaml,
-    YamlDict,
     texts_of,
 )
 from launch import unboxed

@@ -5,13 +5,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
-from lab.command_line import check_options
-from lab.tracking import tracked
+from lab.processes import tracked
 from launch import in_process
-
-from sj_robust.core import extras
-from sj_robust.training.journal import EpochRecord, Journal
-from sj_robust.training.objective import Losses
 
 
 class Recorder(GeneralTracker):
@@ -47,40 +42,10 @@ def fresh_accelerate_state():
     AcceleratorState._reset_state(True)
 
 
-def test_every_network_is_a_run_and_every_epoch_a_step(tmp_path):
-    recorder = Recorder()
-    accelerator = Accelerator(cpu=True, log_with=[recorder])
-    journal = Journal(tmp_path, track=accelerator.log)
-    record = EpochRecord(1, dict.fromkeys(Losses._fields, 0.5), {"clean": 0.5}, 0.1)
-    for name in ("dlif_at", "lif_undefended"):
-        recorder.told.clear()
-        sizes = {"epochs": 1, "batches": 2, "images": 4, "epoch": 0, "batch": 0}
-        with (
-            tracked(accelerator, tmp_path, name, {"T": 4}),
-            journal.follow(name, **sizes),
-        ):
-            journal.on_epoch(record, {"ms_mppd/0": 0.25}, None)
-        *begun, (step, values), ended = recorder.told
-        assert begun[-1] == {"T": 4}
-        assert ended == "finish"
-        assert step == 1
-        assert values["validation/clean"] == 0.5
-        assert values["train/lr"] == 0.1
-        assert values["ms_mppd/0"] == 0.25
-    accelerator.end_training()
-    assert recorder.told.count("finish") == 1
-
-
 def test_without_trackers_nothing_is_told(tmp_path):
     accelerator = Accelerator(cpu=True)
     with tracked(accelerator, tmp_path, "dlif_at", {}):
         assert accelerator.trackers == []
-
-
-def test_a_tracker_that_is_missing_is_named_with_its_command(monkeypatch, capsys):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="the tracker wandb is not installed: pip install wandb"):
-        check_options(adv_train.Options, ["--trackers", "wandb"])
 
 
 @pytest.mark.slow
@@ -95,4 +60,9 @@ def test_a_training_tells_its_tracker(tmp_path, monkeypatch):
     in_process("adv_train", tmp_path, *few.split())
     steps = [told for told in recorder.told if isinstance(told, tuple)]
     assert [step for step, _ in steps] == [1, 1]  # of both networks
+    for _, values in steps:
+        assert 0 <= values["validation/clean"] <= 1
+        assert values["train/lr"] == 0.1
+    assert any(name.startswith("ms_mppd/") for name in steps[0][1])
+    assert [told["seed"] for told in recorder.told if isinstance(told, dict)] == [0, 0]
     assert recorder.told.count("finish") == 2

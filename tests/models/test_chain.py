@@ -3,8 +3,9 @@ import torch
 from spikingjelly.activation_based import layer, neuron
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.models import NetworkSpec, build_network
+from sj_robust.models import NetworkSpec, WideResNet, build_network
 from sj_robust.models.chain import VGG_FEATURES, SmallConvNet
+from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock
 
 CONVOLUTIONS = {
     "vgg5": 3,
@@ -103,3 +104,23 @@ def test_the_first_linear_layer_sees_all_pixels():
     expected = frames.flatten(2) @ net.first.weight.flatten(1).T + net.first.bias
     torch.testing.assert_close(currents.flatten(2), expected)
     assert net(frames).shape == (2, 3, 3)
+
+
+PUBLISHED = {"wrn16_4": 2_748_890, "wrn28_10": 36_479_194}
+"""Parameters of the published networks, without mixing coefficients."""
+
+
+@pytest.mark.parametrize("name", WIDE_RESNETS)
+def test_number_of_parameters(name):
+    depth, k = WIDE_RESNETS[name]
+    options = {"spiking_neuron": DLIFNode, "depth": depth, "widen_factor": k}
+    with torch.device("meta"):
+        net = WideResNet((3, 32, 32), 10, T=8, **options)
+    blocks = of_kind(net, MixedBlock)
+    assert len(blocks) == (depth - 4) // 2
+    neurons = 2 * len(blocks) + 1
+    assert len(of_kind(net, DLIFNode)) == neurons
+    count = sum(parameter.numel() for parameter in net.parameters())
+    assert count == PUBLISHED[name] + 2 * len(blocks) + 8 * neurons
+    shortcuts = [block.shortcut for block in blocks if block.shortcut is not None]
+    assert [found.stride[0] for found in shortcuts] == [1, 2, 2]

@@ -86,3 +86,16 @@ def test_sizes_and_encoders(name, size):
         model = SpikingClassifier(net, 4, encoder)
         with torch.no_grad():
             assert model(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gradient_reaches_every_parameter(name):
+    """What a wide residual network computes is compared in test_published_checkpoint."""
+    net = build(name).double()
+    for key, value in net.state_dict().items():
+        if value.ndim == 1 and key.endswith(("weight", "bias", "running_mean")):
+            value.add_(torch.rand_like(value))
+    net(3 * torch.rand(2, 3, 9, 12).double()).square().sum().backward()
+    for key, value in net.named_parameters():
+        reached = value.grad.all() if key.endswith("mixing") else value.grad.any()
+        assert reached, key

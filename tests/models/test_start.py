@@ -149,8 +149,6 @@ def test_plain_files(tmp_path, kind, wrap):
 
 BEFORE_STAGES = {
     "small": NetworkSpec("small", T=3),
-    "small, neurons apart": NetworkSpec("small", T=3, fused=False),
-    "small of LIF": NetworkSpec("small", T=3, neuron="lif"),
     "small without batch norm": NetworkSpec("small", T=3, options={"batch_norm": False}),
     "vgg5": NetworkSpec(
         "vgg5",

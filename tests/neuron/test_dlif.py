@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.dlif import describe_surrogate
 from sj_robust.ops import Surrogate
-from sj_robust.ops.surrogate import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES
 
 HOST_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
 needs_explicit_states = pytest.mark.skipif(

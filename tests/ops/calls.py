@@ -20,7 +20,7 @@ from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.bn_dlif.config import BatchNorm, repeat_step
 from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.surrogate import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES
 
 needs_kernel = pytest.mark.skipif(
     cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason())

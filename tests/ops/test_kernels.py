@@ -47,7 +47,7 @@ from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.bn_dlif import dispatch, reference
 from sj_robust.ops.bn_dlif.config import BatchNorm, repeat_step
 from sj_robust.ops.dlif import cpp, eager
-from sj_robust.ops.surrogate import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES
 
 FAST = ["eager", *KERNELS]
 ROWS = [

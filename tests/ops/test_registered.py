@@ -12,10 +12,8 @@ from torch.testing import assert_close
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.dlif.config import DLIFConfig
-from sj_robust.ops.dlif.operator import check_call
-from sj_robust.ops.registration import Operator
-from sj_robust.ops.surrogate import _CUSTOM
+from sj_robust.ops.dlif.config import _CUSTOM, DLIFConfig
+from sj_robust.ops.dlif.operator import Operator, check_call
 
 pytestmark = [
     needs_kernel,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
-from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
+from sj_robust.ops.dlif.config import HOST_NAMES, Surrogate
 from sj_robust.ops.trains import cpp, operator, reference
 from sj_robust.ops.trains.config import (
     Constants,

@@ -3,6 +3,7 @@ monitor's tests.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,69 +11,42 @@ from numpy.testing import assert_allclose
 from spikingjelly.activation_based import functional
 
 
-class Captured:
-    """Forward hook that keeps input currents and spikes of every step, with their graph."""
+class Run(NamedTuple):
+    """Input currents and spikes [T, N, *] of one neuron in one run."""
 
-    def __init__(self):
-        self.currents = []
-        self.spikes = []
-
-    def __call__(self, module, inputs, output):
-        if module.step_mode == "s":
-            self.currents.append(inputs[0])
-            self.spikes.append(output)
-        else:
-            self.currents.extend(inputs[0])
-            self.spikes.extend(output)
-
-    @property
-    def x_seq(self):
-        return torch.stack(self.currents)
-
-    @property
-    def spike_seq(self):
-        return torch.stack(self.spikes)
+    x: torch.Tensor
+    spikes: torch.Tensor
 
 
 def captured(net, names, x, run=None):
-    """What the named neurons of a reset network read and fired in one run."""
-    seen = {name: Captured() for name in names}
+    """A :class:`Run` of each named neuron of a reset network, with its graph."""
+    seen = {name: ([], []) for name in names}
     handles = []
-    for name, keep in seen.items():
-        handles.append(net.get_submodule(name).register_forward_hook(keep))
+    for name, (currents, spikes) in seen.items():
+
+        def keep(module, args, kwargs, output, currents=currents, spikes=spikes):
+            x = args[0] if args else kwargs["x"]
+            currents.append(x[None] if module.step_mode == "s" else x)
+            spikes.append(output[None] if module.step_mode == "s" else output)
+
+        node = net.get_submodule(name)
+        handles.append(node.register_forward_hook(keep, with_kwargs=True))
     functional.reset_net(net)
-    run = run or net
-    run(x)
+    (run or net)(x)
     functional.reset_net(net)
     for handle in handles:
         handle.remove()
-    return seen
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Input currents and spikes [T, N, *] of one neuron in a clean and a perturbed run."""
-
-    x: np.ndarray
-    spikes: np.ndarray
-    x_perturbed: np.ndarray
-    spikes_perturbed: np.ndarray
+    return {name: Run(*map(torch.cat, parts)) for name, parts in seen.items()}
 
 
 def captured_pair(net, names, x, x_perturbed, run=None):
-    """A :class:`Pair` in float64 for each name."""
+    """Both runs of each neuron in float64 of numpy: ``(clean, perturbed)`` by name."""
+    found = {name: [] for name in names}
     with torch.no_grad():
-        clean = captured(net, names, x, run)
-        perturbed = captured(net, names, x_perturbed, run)
-    pairs = {}
-    for name in names:
-        pairs[name] = Pair(
-            x=clean[name].x_seq.double().numpy(),
-            spikes=clean[name].spike_seq.double().numpy(),
-            x_perturbed=perturbed[name].x_seq.double().numpy(),
-            spikes_perturbed=perturbed[name].spike_seq.double().numpy(),
-        )
-    return pairs
+        for inputs in (x, x_perturbed):
+            for name, seen in captured(net, names, inputs, run).items():
+                found[name].append(Run(*(part.double().numpy() for part in seen)))
+    return found
 
 
 def eps_by_hand(x, x_perturbed, decay, gain):
@@ -92,24 +66,28 @@ def eps_by_hand(x, x_perturbed, decay, gain):
 
 @dataclass(frozen=True)
 class Dynamics:
-    """How a neuron charges and resets; ``gain`` holds one number per step."""
+    """How a neuron charges and resets; ``gain`` is one number, or one per step."""
 
     decay: float
-    gain: list[float]
+    gain: float | tuple[float, ...] = 1.0
     v_threshold: float = 1.0
     v_reset: float | None = 0.0
 
-    def potentials(self, x, spikes):
+    def gains(self, steps):
+        """The gain of every step."""
+        return self.gain if isinstance(self.gain, tuple) else [self.gain] * steps
+
+    def potentials(self, run):
         """Potential after the reset for the spikes that were really emitted."""
         rest = self.v_reset or 0.0
-        v = np.full_like(x[0], rest)
+        v = np.full_like(run.x[0], rest)
         seq = []
-        for t in range(len(x)):
-            h = self.decay * v + self.gain[t] * x[t] + (1.0 - self.decay) * rest
+        for x, spikes, gain in zip(run.x, run.spikes, self.gains(len(run.x)), strict=True):
+            h = self.decay * v + gain * x + (1.0 - self.decay) * rest
             if self.v_reset is None:
-                v = h - self.v_threshold * spikes[t]
+                v = h - self.v_threshold * spikes
             else:
-                v = np.where(spikes[t] == 1, self.v_reset, h)
+                v = np.where(spikes == 1, self.v_reset, h)
             seq.append(v)
         return np.stack(seq)
 
@@ -121,35 +99,40 @@ def silent_by_hand(spikes):
     return np.array(shares)
 
 
-def statistics_by_hand(pair, dynamics):
-    """Every statistic of LayerStats for one pair of runs, [T] each."""
-    axes = tuple(range(1, pair.x.ndim))
-    eps = eps_by_hand(pair.x, pair.x_perturbed, dynamics.decay, dynamics.gain).numpy()
-    v = dynamics.potentials(pair.x, pair.spikes)
-    v_perturbed = dynamics.potentials(pair.x_perturbed, pair.spikes_perturbed)
-    d = v - v_perturbed
-    size = np.abs(eps)
-    full_size = np.abs(d)
-    differ = np.abs(pair.spikes - pair.spikes_perturbed)
-    tasad = []
-    for t in range(len(pair.x)):
-        rate = pair.spikes[: t + 1].mean(0)
-        rate_perturbed = pair.spikes_perturbed[: t + 1].mean(0)
-        tasad.append(np.abs(rate_perturbed - rate).mean())
-    return {
-        "firing_rate": pair.spikes.mean(axes),
-        "firing_rate_perturbed": pair.spikes_perturbed.mean(axes),
-        "silent": silent_by_hand(pair.spikes),
-        "silent_perturbed": silent_by_hand(pair.spikes_perturbed),
-        "ms_mppd": (eps**2).mean(axes),
-        "l1": size.mean(axes),
-        "max_abs": size.max(axes),
-        "full_ms_mppd": (d**2).mean(axes),
-        "full_l1": full_size.mean(axes),
-        "full_max_abs": full_size.max(axes),
-        "spike_distance": differ.mean(axes),
-        "tasad": np.array(tasad),
+def statistics_by_hand(clean, perturbed, dynamics, learned=True):
+    """Every statistic of LayerStats for one pair of runs, [T] each, and the tensors of LayerTrace;
+    ``learned`` is whether eps contains the gain.
+    """
+    axes = tuple(range(1, clean.x.ndim))
+    gains = dynamics.gains(len(clean.x)) if learned else [1.0] * len(clean.x)
+    eps = eps_by_hand(clean.x, perturbed.x, dynamics.decay, gains).numpy()
+    v, v_perturbed = (dynamics.potentials(run) for run in (clean, perturbed))
+    steps = np.arange(1, len(eps) + 1).reshape(-1, *[1] * len(axes))
+    rates, rates_perturbed = (run.spikes.cumsum(0) / steps for run in (clean, perturbed))
+    found = {
+        "firing_rate": clean.spikes.mean(axes),
+        "firing_rate_perturbed": perturbed.spikes.mean(axes),
+        "silent": silent_by_hand(clean.spikes),
+        "silent_perturbed": silent_by_hand(perturbed.spikes),
+        "spike_distance": np.abs(clean.spikes - perturbed.spikes).mean(axes),
+        "tasad": np.abs(rates_perturbed - rates).mean(axes),
     }
+    for prefix, difference in {"": eps, "full_": v - v_perturbed}.items():
+        size = np.abs(difference)
+        found[f"{prefix}ms_mppd"] = (size**2).mean(axes)
+        found[f"{prefix}l1"] = size.mean(axes)
+        found[f"{prefix}max_abs"] = size.max(axes)
+    traced = {
+        "x_seq": clean.x,
+        "spike_seq": clean.spikes,
+        "v_seq": v,
+        "x_seq_perturbed": perturbed.x,
+        "spike_seq_perturbed": perturbed.spikes,
+        "v_seq_perturbed": v_perturbed,
+        "eps": eps,
+        "full": v - v_perturbed,
+    }
+    return found, traced
 
 
 def assert_stats(stats, expected, rtol=1e-4, atol=1e-6):

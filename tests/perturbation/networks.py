@@ -1,9 +1,6 @@
 """Small networks for the monitor's tests."""
 
-from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,92 +11,41 @@ from torch import nn
 from sj_robust.neuron import DLIFNode
 
 T = 4
+NAMES = ("2", "4", "8")
+"""The neurons of :func:`conv_net`."""
 
 
-def _dlif():
+def dlif():
     node = DLIFNode(T=T, tau=2.0)
     node.input_gain.data = torch.tensor((1.5, 0.5, 1.0, 2.0))
     return node
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a neuron is built, and its decay, gain and reset written out by hand."""
-
-    build: Callable[[], nn.Module]
-    decay: float
-    gain: float | tuple[float, ...] = 1.0
-    v_reset: float | None = 0.0
-
-    @property
-    def gains(self):
-        """The gain of every step."""
-        if isinstance(self.gain, tuple):
-            return list(self.gain)
-        return [self.gain] * T
-
-    def dynamics(self, **options):
-        return Dynamics(
-            decay=self.decay,
-            gain=self.gains,
-            v_reset=self.v_reset,
-            **options,
-        )
 
 
 LIF = partial(neuron.LIFNode, tau=4.0, decay_input=False)
 SMALL_INPUT_LIF = partial(neuron.LIFNode, tau=4.0, decay_input=True, v_threshold=0.25)
 PLIF = partial(neuron.ParametricLIFNode, init_tau=5.0, decay_input=True, v_threshold=0.25)
 NEURONS = {
-    "IF": Kind(
-        neuron.IFNode,
-        decay=1.0,
-    ),
-    "IF soft": Kind(
-        partial(neuron.IFNode, v_reset=None),
-        decay=1.0,
-        v_reset=None,
-    ),
-    "LIF": Kind(
-        LIF,
-        decay=0.75,
-    ),
-    "LIF decay_input": Kind(
-        SMALL_INPUT_LIF,
-        decay=0.75,
-        gain=0.25,
-    ),
-    "LIF soft": Kind(
-        partial(LIF, v_reset=None),
-        decay=0.75,
-        v_reset=None,
-    ),
-    "LIF reset -0.2": Kind(
-        partial(LIF, v_reset=-0.2),
-        decay=0.75,
-        v_reset=-0.2,
-    ),
-    "PLIF": Kind(
-        PLIF,
-        decay=0.8,
-        gain=0.2,
-    ),
-    "DLIF": Kind(
-        _dlif,
-        decay=0.5,
-        gain=(1.5, 0.5, 1.0, 2.0),
-    ),
+    "IF": (neuron.IFNode, Dynamics(1.0)),
+    "IF soft": (partial(neuron.IFNode, v_reset=None), Dynamics(1.0, v_reset=None)),
+    "LIF": (LIF, Dynamics(0.75)),
+    "LIF decay_input": (SMALL_INPUT_LIF, Dynamics(0.75, 0.25, v_threshold=0.25)),
+    "LIF soft": (partial(LIF, v_reset=None), Dynamics(0.75, v_reset=None)),
+    "LIF reset -0.2": (partial(LIF, v_reset=-0.2), Dynamics(0.75, v_reset=-0.2)),
+    "PLIF": (PLIF, Dynamics(0.8, 0.2, v_threshold=0.25)),
+    "DLIF": (dlif, Dynamics(0.5, (1.5, 0.5, 1.0, 2.0))),
 }
+"""How a neuron is built, and its decay, gain and reset written out by hand."""
 
 
-def conv_net(make):
-    """Two convolutions and a linear layer, each followed by a neuron, and a readout; step mode
-    "m".
+def conv_net(kind):
+    """Two convolutions and a linear layer, each followed by a neuron, and a readout, in training
+    mode but for the batch norm; step mode "m".
     """
+    make = NEURONS[kind][0] if isinstance(kind, str) else kind
     torch.manual_seed(0)
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, padding=1),
-        layer.BatchNorm2d(4),
+        layer.BatchNorm2d(4).eval(),
         make(),
         layer.Conv2d(4, 4, 3, padding=1),
         make(),
@@ -146,11 +92,11 @@ def recurrent_net():
         layer.LinearRecurrentContainer(neuron.IFNode(v_threshold=0.5), 6, 6, step_mode="m"),
         layer.Linear(6, 4, step_mode="m"),
         neuron.IFNode(step_mode="m", v_threshold=0.5),
-    )
+    ).eval()
 
 
 class Shared(nn.Module):
-    """Calls one neuron twice per step, under two names."""
+    """Calls one neuron twice per step, under two names, once by keyword."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -161,24 +107,51 @@ class Shared(nn.Module):
 
     def forward(self, x):
         spikes = self.sn(self.first(x))
-        return self.same(self.second(spikes))
+        return self.same(x=self.second(spikes))
+
+
+class Leaky(neuron.BaseNode):
+    """A user's neuron that runs on either release: decay 0.6, gain 0.5, subtractive reset."""
+
+    def __init__(self):
+        super().__init__(v_reset=None)
+
+    def single_step_forward(self, x):
+        v = self.v if isinstance(self.v, torch.Tensor) else torch.full_like(x, self.v)
+        h = 0.6 * v + 0.5 * x
+        spike = self.surrogate_function(h - self.v_threshold)
+        self.v = self.potential_after(h, spike)
+        return spike
+
+    def multi_step_forward(self, x_seq):
+        return torch.stack([self.single_step_forward(x) for x in x_seq])
+
+    def potential_after(self, h, spike):
+        return h - spike * self.v_threshold
+
+
+def linear_net(*neurons):
+    """A linear layer of 6 features in front of each neuron; step mode "m"."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for node in neurons:
+        linear = layer.Linear(6, 6)
+        linear.weight.data.mul_(4)
+        net.extend([linear, node])
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def inputs(*shape, scale=1.0, noise=1.0, seed=0):
+    """Clean and perturbed input [T, *]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.rand(T, *shape, generator=generator)
+    return x, x + noise * torch.randn(x.shape, generator=generator)
 
 
 def images(seed=1, n=3):
     """Clean and perturbed input [T, N, 2, 6, 6]."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(T, n, 2, 6, 6, generator=generator)
-    noise = torch.randn(x.shape, generator=generator)
-    return x, x + 0.3 * noise
-
-
-def trainable(kind):
-    """In training mode, where neurons of both releases have a gradient, but with fixed batch
-    norm.
-    """
-    net = conv_net(NEURONS[kind].build).train()
-    net[1].eval()
-    return net
+    return inputs(n, 2, 6, 6, noise=0.3, seed=seed)
 
 
 def run_pair(monitor, net, x, x_perturbed, way="two runs", run=None):
@@ -211,25 +184,3 @@ def in_chunks(net):
 def in_steps(net):
     """Runs a single-step network over a sequence."""
     return lambda x_seq: [net(x) for x in x_seq]
-
-
-def storage_bytes(monitor):
-    """How many bytes the tensors take that are held by the monitor's own objects."""
-    stack = [vars(monitor)]
-    seen = set()
-    storages = {}
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple | deque):
-            stack.extend(item)
-        elif type(item).__module__.startswith("sj_robust.perturbation"):
-            stack.append(vars(item))
-    return sum(storages.values())

@@ -9,7 +9,10 @@ from sj_robust.perturbation import spike_traces
 
 LITTLE = 44
 ENOUGH = 48
-"""Of 50 neurons those whose input is perturbed: too little to move a spike, and enough."""
+SILENT = 46
+"""Of 50 neurons those whose input is perturbed: too little to move a spike, enough, and more where
+none fires.
+"""
 
 
 def neurons_in_a_row(count):
@@ -21,7 +24,9 @@ def neurons_in_a_row(count):
 def found():
     x = torch.full((1, 50), 0.3)
     x[0, 1::2] = 0.5  # these fire at step 1 and 3, the others at step 3
+    x[0, SILENT] = -1.0
     perturbed = x.clone()
+    perturbed[0, SILENT] = -2.0
     perturbed[0, LITTLE] += 0.02
     perturbed[0, ENOUGH] += 0.4
     return spike_traces(neurons_in_a_row(5), x, perturbed, T=4)

@@ -118,21 +118,15 @@ class Kind:
     def moves(self) -> bool:
         return self.norm == "moves"
 
-    @property
-    def options(self) -> dict:
-        """Of verify: moves are by one frame."""
-        given = {"norm": self.norm, "counts": self.counts}
-        if self.moves:
-            given["largest_shift"] = 1
-        return given
-
     def ball(self, x: Tensor, budget: float, shift: int = 1) -> Events:
         if self.moves:
             return MovedEvents.of(x, budget, shift, counts=self.counts)
         return Flips(budget, self.counts)
 
     def threat(self, budget: int) -> ThreatModel:
-        return ThreatModel(eps=budget, **self.options)
+        """Moves are by one frame."""
+        shift = 1 if self.moves else None
+        return ThreatModel(self.norm, budget, largest_shift=shift, counts=self.counts)
 
     def every(self, sample: Tensor, budget: int) -> Tensor:
         """All samples of the ball around one [T, *]."""

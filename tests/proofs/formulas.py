@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks.projection import linf_bounds
+from sj_robust.core.threat import linf_bounds
 from sj_robust.proofs import verify
 from sj_robust.proofs.program import Record
 from sj_robust.proofs.values import bounds_of

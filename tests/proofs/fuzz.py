@@ -21,9 +21,9 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks.projection import linf_bounds
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.core.preserved import sums_of_products
+from sj_robust.core.threat import ThreatModel, linf_bounds
 from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.proofs import UnsoundBoundsError, verify
@@ -202,19 +202,19 @@ def random_images(case: random.Random, model: SpikingClassifier, grid: bool) -> 
 
 
 def random_ball(case: random.Random, norm: str, x: Tensor, grid: bool) -> tuple:
-    """A radius, what else a proof is told, and the ball."""
+    """A threat and its ball."""
     if norm == "Linf":
         some = 10 ** case.uniform(-3.5, -1)
         eps = case.choice([0.0, 1e-7, some, 0.0 if grid else some])
-        return eps, {}, eps
+        return ThreatModel("Linf", eps), eps
     budget = case.choice([1, 1, 2, 3, 5, 10])
     counts = bool((x > 1).any())
-    given = {"norm": norm, "counts": counts}
     if norm == "L0":
-        return budget, given, Flips(budget, counts)
+        return ThreatModel("L0", budget, counts=counts), Flips(budget, counts)
     T = x.shape[1]
-    given["largest_shift"] = case.choice([None, min(1, T - 1) or None, min(2, T - 1) or None])
-    return budget, given, MovedEvents.of(x, budget, given["largest_shift"], counts=counts)
+    shift = case.choice([None, min(1, T - 1) or None, min(2, T - 1) or None])
+    threat = ThreatModel("moves", budget, shift, counts=counts)
+    return threat, MovedEvents.of(x, budget, shift, counts=counts)
 
 
 def uphill(case: random.Random, model: SpikingClassifier, z: Tensor) -> Tensor:
@@ -274,10 +274,10 @@ def check(seed: int, points: int, norm: str = "Linf") -> Counter:
     if norm != "Linf":
         x *= torch.rand(x.shape) < case.choice([0.2, 0.6, 1.0])
         x *= torch.randint(1, case.choice([2, 2, 4]), x.shape)
-    eps, given, ball = random_ball(case, norm, x, grid)
+    threat, ball = random_ball(case, norm, x, grid)
     y = model(x).argmax(1)
     method = case.choice(METHODS[:-2] if functions or norm != "Linf" else METHODS)
-    result = verify(model, x, y, eps, method=method, time_limit=1.0, **given)
+    result = verify(model, x, y, threat, method=method, time_limit=1.0)
     margin = torch.tensor(result.margin, dtype=torch.float64).repeat(COPIES)
     x, y = x.repeat(COPIES, *[1] * (x.ndim - 1)), y.repeat(COPIES)
     neurons = bounded_neurons(model)

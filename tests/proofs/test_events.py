@@ -31,14 +31,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import flip_events, move_events, random_flips, random_moves
+from sj_robust.attacks import ThreatModel, flip_events, move_events, random_flips, random_moves
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.proofs import changes, moves, verify
 from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 from sj_robust.proofs.changes import Flips, changed_sums, share_frames
 from sj_robust.proofs.moves import MovedEvents
 from sj_robust.proofs.rules import Bounds
-from sj_robust.training import CertifiedOptions
 from sj_robust.training.certified import CertifiedLoss
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -290,10 +289,9 @@ def least_leads(kind, model, x, y, budget):
 
 def attacked(kind, model, x, y, budget):
     """Samples that attacks find in each ball."""
-    options = dict(kind.options)
-    options["moves" if options.pop("norm") == "moves" else "flips"] = budget
+    options = {"eps": kind.threat(budget), "generator": SampleSeeds(range(len(x)))}
     for attack in (move_events, random_moves) if kind.moves else (flip_events, random_flips):
-        yield attack(model, x, y, generator=SampleSeeds(range(len(x))), **options)
+        yield attack(model, x, y, **options)
 
 
 PROVED = [*zip(KINDS, cycle(NODES), strict=False), ("moves", "LIF"), ("moved counts", "soft")]
@@ -306,18 +304,18 @@ def test_no_sample_of_the_ball_breaks_what_is_proved(kind, node):
     x, y = kind.classified(model, 6, seed=3)
     wider = -torch.inf
     for method in ("ibp", "joint"):
-        result = verify(model, x, y, 1, method=method, **kind.options)
+        result = verify(model, x, y, kind.threat(1), method=method)
         margin = torch.tensor(result.margin)
         assert (margin >= wider).all()
         wider = margin
-        two = verify(model, x[:3], y[:3], 2, method=method, **kind.options)
+        two = verify(model, x[:3], y[:3], kind.threat(2), method=method)
         least = least_leads(kind, model, x[:3], y[:3], 2)
         assert (least >= torch.tensor(two.margin)).all()
     assert ("in frames of event counts" in result.verdict) == kind.counts
     assert ("by 1 frames at most" in result.verdict) == kind.moves
-    assert result.counts is kind.counts
+    assert result.threat == kind.threat(1)
     assert result.apart == ()
-    still = verify(model, x, y, 0, method="ibp", **kind.options)
+    still = verify(model, x, y, kind.threat(0), method="ibp")
     assert still.margin == pytest.approx(fuzz.leads(model(x).detach(), y).tolist(), abs=1e-4)
     for z in attacked(kind, model, x, y, 1):
         assert (fuzz.leads(model(z).detach(), y) >= margin).all()
@@ -333,7 +331,7 @@ def test_the_program_agrees_with_all_samples_of_the_ball(kind):
         x, y = kind.classified(model, 2, seed=seed)
         if kind.counts and kind.moves:
             x[:, :, 1] = 0  # fewer sets of moves
-        exact = verify(model, x, y, 2, method="mip", time_limit=60, **kind.options)
+        exact = verify(model, x, y, kind.threat(2), method="mip", time_limit=60)
         assert not any(exact.unknown)
         stands = (least_leads(kind, model, x, y, 2) > 0).tolist()
         assert list(exact.verified) == stands
@@ -350,11 +348,11 @@ def test_one_budget_for_all_steps_proves_more_than_one_for_each(kind):
     parts = [layer.Conv2d(2, 4, 2), node, layer.Flatten(), layer.Linear(16, 3)]
     model = tiny(1) if kind.moves else network(*parts, scale=0.7, seed=5)
     x, y = kind.classified(model, 40, seed=3)
-    shared = verify(model, x, y, 1, **kind.options)
-    apart = verify(model, x, y, 1, method="ibp", **kind.options)
+    shared = verify(model, x, y, kind.threat(1))
+    apart = verify(model, x, y, kind.threat(1), method="ibp")
     assert shared.accuracy > apart.accuracy + 0.1
     if kind.moves:
-        by_any_shift = verify(model, x, y, 1, norm="moves")
+        by_any_shift = verify(model, x, y, ThreatModel("moves", 1))
         for near, far in zip(shared.margin, by_any_shift.margin, strict=True):
             assert near >= far - 1e-12
 
@@ -402,7 +400,7 @@ APART = [
 def test_the_result_says_where_the_budget_is_not_shared(kind, model, text):
     kind = KINDS[kind]
     x, y = kind.classified(model, 2)
-    result = verify(model, x, y, 1, **kind.options)
+    result = verify(model, x, y, kind.threat(1))
     (entry,) = result.apart
     assert text in entry
     assert "Not bounded by one budget" in result.table()
@@ -413,8 +411,8 @@ def test_counts_of_ones_have_more_changes_than_binary_frames():
     """What a flip means is said, not seen: an event may join a frame that is full."""
     model = tiny(1)
     x, y = KINDS["flips"].classified(model, 12, seed=5)
-    binary = torch.tensor(verify(model, x, y, 2, norm="L0").margin)
-    counts = torch.tensor(verify(model, x, y, 2, norm="L0", counts=True).margin)
+    binary = torch.tensor(verify(model, x, y, ThreatModel("L0", 2)).margin)
+    counts = torch.tensor(verify(model, x, y, ThreatModel("L0", 2, counts=True)).margin)
     assert (counts <= binary + 1e-9).all()
     assert (counts < binary - 1e-6).any()
 
@@ -427,11 +425,11 @@ def test_a_sample_alone_has_the_proof_that_it_has_beside_any_other(norm, method)
     parts = [Kind(norm, most).frames(2, *SHAPE, seed=most) for most in (1, 3, 11)]
     x = torch.cat([*parts, torch.zeros(1, *SHAPE)]).float()
     y = model(x).argmax(1)
-    options = {"norm": norm, "counts": True, "method": method}
-    together = verify(model, x, y, 2, **options).margin
+    threat = ThreatModel(norm, 2, counts=True)
+    together = verify(model, x, y, threat, method=method).margin
     for number in range(len(x)):
         rows = slice(number, number + 1)
-        (alone,) = verify(model, x[rows], y[rows], 2, **options).margin
+        (alone,) = verify(model, x[rows], y[rows], threat, method=method).margin
         assert alone == pytest.approx(together[number], abs=1e-9)
 
 
@@ -456,13 +454,14 @@ def test_certified_training_takes_counts(kind):
     x, y = kind.classified(model, 8, seed=5)
     losses = {}
     for counts in (False, True):
-        options = CertifiedOptions(norm=kind.norm, counts=counts)
-        losses[counts] = CertifiedLoss(model, 2, options).value(x, y)[0].item()
+        threat = ThreatModel(kind.norm, 2, counts=counts)
+        losses[counts] = CertifiedLoss(model, threat).value(x, y)[0].item()
     assert losses[True] > losses[False]
     x = 2 * x
-    value, share = CertifiedLoss(model, 1, options).value(x, y)
+    threat = ThreatModel(kind.norm, 1, counts=True)
+    value, share = CertifiedLoss(model, threat).value(x, y)
     assert torch.isfinite(value)
-    verified = verify(model, x, y, 1, norm=kind.norm, counts=True, method="ibp").verified
+    verified = verify(model, x, y, threat, method="ibp").verified
     assert float(share) == pytest.approx(sum(verified) / len(verified))
 
 
@@ -472,34 +471,24 @@ FULL = torch.full((2, *SHAPE), 0.5)
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("flips", {"eps": 1.5}, "eps must be an integer >= 0 for L0"),
-        ("flips", {"eps": -1}, "eps must be .*>= 0"),
-        ("flips", {"eps": 55}, "eps must be <= 54"),
-        ("flips", {"norm": "L2"}, "norm must be one of"),
+        ("flips", {"eps": ThreatModel("L2", 0.5)}, "eps"),
         ("flips", {"x": FULL}, "x must be binary event frames"),
         ("flips", {"x": 4 * FULL}, "counts=True"),
         ("flips", {"x": FULL * torch.nan}, "x must be finite"),
-        ("flips", {"largest_shift": 1}, "largest_shift"),
-        ("flips", {"norm": "Linf", "counts": True}, "counts"),
         ("changed counts", {"x": FULL}, "numbers of events"),
         ("changed counts", {"x": -2 * FULL}, "numbers of events"),
-        ("moves", {"eps": 1.5}, "eps must be an integer >= 0 for moves"),
-        ("moves", {"largest_shift": 0}, "largest_shift must be >= 1"),
-        ("moves", {"largest_shift": T}, rf"must be < T = {T}"),
         ("moves", {"x": 4 * FULL}, "counts=True"),
         ("moved counts", {"x": FULL}, "numbers of events"),
     ],
 )
 def test_wrong_use(kind, options, message):
-    given = {"eps": 1, "x": torch.zeros(2, *SHAPE), **KINDS[kind].options, **options}
+    given = {"eps": KINDS[kind].threat(1), "x": torch.zeros(2, *SHAPE), **options}
     with pytest.raises(ValueError, match=message):
         verify(tiny(), y=torch.tensor([0, 1]), **given)
 
 
-def test_counts_are_said_by_a_truth_value_and_images_have_no_events_to_move():
-    with pytest.raises(TypeError, match="counts must be True or False"):
-        verify(tiny(), torch.zeros(1, *SHAPE), torch.tensor([0]), 1, norm="L0", counts=1)
+def test_images_have_no_events_to_move():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), neuron.LIFNode())
     model = SpikingClassifier(net, T=2).eval()
     with pytest.raises(ValueError, match="moves are those of event frames"):
-        verify(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), 1, norm="moves")
+        verify(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), ThreatModel("moves", 1))

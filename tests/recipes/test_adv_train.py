@@ -3,7 +3,6 @@ import math
 import re
 import signal
 from dataclasses import replace
-from pathlib import Path
 from shlex import split
 
 import adv_train
@@ -15,14 +14,16 @@ from data.test_image_folder import picture
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
 from filelock import FileLock
-from lab.command_line.declared import idle
+from lab.command_line import idle
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sj_robust.core.environment import CODE_KEY
+from sj_robust.defences import ClippedReLU
 from sj_robust.evaluation import Report
+from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models.checkpoint import save_checkpoint
-from sj_robust.training import load_checkpoint
+from sj_robust.training import convert, load_checkpoint
 
 OWN = """
 from spikingjelly.activation_based import functional, layer
@@ -246,6 +247,28 @@ def test_a_network_of_ones_own_without_the_neuron_asked_for_is_refused(tmp_path)
         in_process(tmp_path, *options, "--no-reference")
 
 
+def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
+    in_process(tmp_path, *QUICK, *split("--mode twin_at --T 6 --levels 3 --no-reference"))
+    folder = tmp_path / "runs" / "digits-dlif-twin_at-1"
+    twin, spiking = (
+        from_checkpoint(folder / name).model for name in ("clipped_relu_pgd_at", "dlif_twin_at")
+    )
+    x = torch.rand(5, 1, 8, 8)
+    assert spiking.T == 6
+    assert {module.levels for module in twin.modules() if isinstance(module, ClippedReLU)} == {3}
+    assert torch.equal(spiking(x), convert(twin, x, T=6)(x))
+    report = Report.load(folder / "report.json")
+    assert report.variants == ("clipped_relu pgd_at", "dlif twin_at")
+
+
+@pytest.mark.parametrize(
+    "options", ["--neuron lif", "--rho 1", "--dataset saccade:digits --flips 2"]
+)
+def test_a_twin_has_no_spikes_in_training(tmp_path, options):
+    with pytest.raises(ValueError, match="twin_at"):
+        in_process(tmp_path, *QUICK, *split(f"--mode twin_at {options}"))
+
+
 @pytest.mark.parametrize(("neuron", "named"), [("if", True), ("lif", False)])
 def test_a_time_constant_without_a_leak_is_ignored(neuron, named):
     options = adv_train.Options(neuron=neuron, tau=2.0, reference=False)
@@ -269,24 +292,6 @@ def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
         )
         assert bound > 0
         assert bound != gain
-
-
-def test_print_config_and_config(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def printed(*options):
-        with pytest.raises(SystemExit) as stop:
-            adv_train.main([*options, "--print-config"])
-        assert stop.value.code == 0
-        return capsys.readouterr().out
-
-    text = printed(*split("--data-root x --tau 5"))
-    Path("mine.yaml").write_text(text)
-    assert "data_root: x" in text
-    assert "mode: at" in text
-    assert printed(*split("--config mine.yaml --eps 0.25")) == text.replace(
-        "eps: 0.1\n", "eps: 0.25\n", 1
-    )
 
 
 CONFIGS = ROOT / "recipes" / "configs"

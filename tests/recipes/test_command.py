@@ -9,8 +9,8 @@ from lab.command_line import describe_folder, run_recipe
 from launch import RECIPES, unboxed
 
 from sj_robust import __main__ as command
-from sj_robust.core import commands
-from sj_robust.core.commands import COMMANDS, as_called
+from sj_robust import __main__ as commands
+from sj_robust.__main__ import COMMANDS, as_called
 
 
 @pytest.fixture
@@ -64,14 +64,6 @@ def test_a_command_is_its_recipe_and_a_preset_is_found_by_name(said, words, code
     found, out, err = said(*words.split())
     assert found == code, err
     assert re.search(told, unboxed(out + err))
-
-
-@pytest.mark.parametrize("name", ["train", "evaluate", "sweep", "figures", "benchmark"])
-def test_the_help_shows_the_command_and_no_script(said, name):
-    _, out, _ = said(name, "--help")
-    assert f"usage: sj-robust {name}" in out
-    assert "recipes/" not in out
-    assert "python " not in out
 
 
 def test_folders_errors_and_launchers_name_the_command(said, tmp_path):

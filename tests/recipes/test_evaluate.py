@@ -2,7 +2,6 @@ import signal
 from dataclasses import asdict, replace
 from functools import partial
 from shlex import split
-from types import SimpleNamespace
 
 import evaluate
 import launch
@@ -14,7 +13,8 @@ from lab.command_line import WrongUse
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation import Fault, Report, stressing
+from sj_robust.evaluation import Fault, Report
+from sj_robust.evaluation import assess as assessment
 from sj_robust.evaluation.report.levels import intact, levels
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -174,12 +174,13 @@ def test_the_data_root_is_that_of_the_run(tmp_path):
 
 def test_l2_and_transfer(folder, tmp_path):
     options = (
-        *split("--norm L2 --eps 0.5 --transfer runs/two/a --suite fast"),
+        *split("--norm L2 --eps 0.25,0.5 --transfer runs/two/a --suite fast"),
         *SMALL,
     )
     in_process(folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
     report = Report.load(tmp_path / "l2" / "report.json")
     assert report.threat == ThreatModel("L2", 0.5)
+    assert {row.eps for row in report.rows if "@" in row.member} == {0.25, 0.5}
     transferred = report.under("transfer/apgd_ce")  # from the very same weights
     assert transferred.correct < report.clean.correct
     for row in report.attacks:
@@ -291,18 +292,9 @@ def test_event_data(folder, tmp_path, capsys, event_data):
         in_process(folder, *options, *split("--dataset digits --eps 0.1 --output none"))
 
 
-@pytest.mark.parametrize(
-    ("trained", "T", "expected"), [(1, 3, 1), (2, 3, 2), (2, 2, None), (None, 3, None)]
-)
-def test_the_shift_of_a_training_fits_the_frames(trained, T, expected):
-    model = SimpleNamespace(T=T)
-    subject = SimpleNamespace(options={"largest_shift": trained}, model=model)
-    assert evaluate.inherited_shift(subject) == expected
-
-
 def test_stress(folder, tmp_path, capsys, monkeypatch):
     few = (Fault("weight_bits", 2), Fault("stuck_at_zero", 0.5), Fault("first_steps", 1))
-    monkeypatch.setattr(stressing, "default_faults", lambda model: few)
+    monkeypatch.setattr(assessment, "default_faults", lambda model: few)
     options = (
         *split("runs/one --suite stress --fault-draws 2 --T 5"),
         *SMALL,

@@ -1,8 +1,5 @@
 """What each recipe ends with: 0 after success, 1 if its work failed, 2 after wrong use, 130 after
-Ctrl-C.
-
-What newcomers get wrong is in test_newcomer_mistakes, wrong inputs of evaluate in
-test_evaluate_wrong_use.
+Ctrl-C; wrong use is in test_misuse.
 """
 
 import errno
@@ -10,7 +7,6 @@ import importlib
 import importlib.util
 import io
 import os
-import re
 import shlex
 import signal
 import sys
@@ -19,103 +15,10 @@ from shlex import split
 
 import launch
 import pytest
-from accelerate.state import AcceleratorState
 from lab.command_line import run_recipe
-from launch import unboxed
 
 from sj_robust.core.saved import write_whole
 from sj_robust.evaluation.run.progress import Progress, Step
-
-
-@pytest.fixture
-def ended(tmp_path, monkeypatch, capsys):
-    """A function that runs a recipe as its script does, and returns exit code, stdout and
-    stderr.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        code = 0
-        try:
-            run_recipe(importlib.import_module(name).main)
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            AcceleratorState._reset_state(True)
-        out, err = capsys.readouterr()
-        if isinstance(code, str):  # which Python prints, and ends with 1
-            code, err = 1, err + code + "\n"
-        return code, out, err
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "expected", "reason"),
-    [
-        (
-            "adv_train",
-            "--batch-size 5000",
-            2,
-            "batch_size must be from 1 to the number of training images",
-        ),
-        ("adv_train", "--accumulate 3", 2, "batch_size must be a multiple of"),
-        ("adv_train", "--layers nowhere", 2, "nowhere"),
-        ("adv_train", "--channels", 2, "must begin with a convolution"),
-        (
-            "adv_train",
-            "--mode certified --certified-eps -1",
-            2,
-            "certified-eps: .*eps must be >",
-        ),
-        (
-            "adv_train",
-            "--mode certified --compile",
-            2,
-            "compile must be False for certified",
-        ),
-        ("adv_train", "--mode trades --noise-std 0", 2, "noise_std must be finite and > 0"),
-        ("adv_train", "--neuron lif --mode at --gain-penalty=-1", 2, "must be >= 0"),
-        ("adv_train", "--pretrained nowhere.pt", 1, "nowhere.pt"),
-        ("evaluate", "--compare a b", 1, "a does not exist; --compare takes two"),
-        ("evaluate", "--suite slow", 2, "slow"),
-        ("sweep", "--grid '{roh: [1]}'", 2, "Unrecognized options: --roh, 1 .*adv_train.py"),
-        (
-            "sweep",
-            "--base digits --skip [lif]",
-            2,
-            r"error: an entry of skip must have names with values, .* got 'lif'",
-        ),
-        ("sweep", "--base nowhere", 2, "nowhere must be a file of options, .* or a preset"),
-        ("sweep", "--report --output nowhere", 2, "nowhere/sweep.yaml is missing"),
-        ("figures", "", 2, "give the folder of a run"),
-        ("figures", "--which neuron", 2, "give --output"),
-        ("figures", "--which neurons", 2, "neurons"),
-        ("figures", "nowhere", 1, "nowhere does not exist; give the folder of a run"),
-        ("figures", "--redraw nowhere", 1, "nowhere does not exist; --redraw takes the folder"),
-        ("benchmark", "--methods Brian", 2, "neuron has no method Brian; it has DLIF cpp"),
-        (
-            "benchmark",
-            "--shapes [[0,0,0]]",
-            2,
-            r"sizes >= 1, such as \[\[4, 64, 128, 8, 8\]\] for neuron, got \[0, 0, 0\]",
-        ),
-        ("benchmark", "--redraw nowhere", 1, r"nowhere holds no \*.csv"),
-        ("benchmark", "--instruction-set avx1024", 2, "must be one of .* on this processor"),
-        ("evaluate", "digits/dlif-certifed", 1, "did you mean 'digits/dlif-certified'"),
-        ("evaluate", "digits/lif --transfer nowhere.pt", 1, "nowhere.pt does not exist"),
-        ("evaluate", "digits/lif --T 0", 2, "must be an integer >= 1, got 0"),
-    ],
-)
-def test_what_is_wrong_is_said_and_leaves_no_folder(
-    ended, tmp_path, name, arguments, expected, reason
-):
-    code, _, err = ended(name, *shlex.split(arguments))
-    assert code == expected, err
-    assert re.search(reason, unboxed(err)), err
-    assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -177,32 +80,6 @@ def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
         run_recipe(main)
     with pytest.raises(SystemExit, match=r"'.*report\.json'; free some space"):
         run_recipe(lambda arguments: write_whole(tmp_path / "report.json", "{}"))
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "package"),
-    [
-        ("evaluate", "digits/lif --suite corruptions", "imagecorruptions"),
-    ],
-)
-def test_the_package_of_a_suite_is_asked_for_before_anything_is_done(
-    ended, tmp_path, monkeypatch, name, arguments, package
-):
-    monkeypatch.setitem(sys.modules, package, None)
-    code, _, err = ended(name, *shlex.split(arguments))
-    assert code == 1
-    assert re.fullmatch(rf"error: .* needs {package}, .*: pip install 'sj_robust\[\w+\]'\n", err)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("eps", ["8", "0"])
-def test_figures_refuses_radii_before_it_draws(ended, tmp_path, eps):
-    (tmp_path / "run" / "net").mkdir(parents=True)
-    (tmp_path / "run" / "net" / "best.pt").touch()
-    code, _, err = ended(*split("figures run --eps 0.1"), eps)
-    found = (code, (tmp_path / "run" / "figures").exists())
-    assert found == (2, False)
-    assert re.match(rf"error: (--)?eps must be (<= 1|> 0).* got {eps}", err)
 
 
 def test_a_missing_extra_is_told_in_a_line(monkeypatch):

@@ -182,27 +182,6 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
         figures.main([str(tmp_path), "--columns", "apgd"])
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "reason"),
-    [
-        ("empty --which gains", FileNotFoundError, "no best.pt in"),
-        ("empty", FileNotFoundError, "holds no sweep.yaml"),
-        ("plain --which curves", ValueError, "holds no training history"),
-        ("broken --which gains", ValueError, "cannot be read as a checkpoint"),
-        ("plain --which gains", ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),
-        ("plain --which intensity --eps 0.2", ValueError, "two sizes > 0"),
-    ],
-)
-def test_mistakes_are_named(tmp_path, monkeypatch, options, error, reason):
-    monkeypatch.chdir(tmp_path)
-    checkpoint(tmp_path / "plain" / "lif", neuron="lif")
-    for folder in ("empty", "broken/net"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "broken" / "net" / "best.pt").write_bytes(b"nothing")
-    with pytest.raises(error, match=reason):
-        figures.main(options.split())
-
-
 @pytest.mark.slow
 def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "intensity", lambda options, folder: None)  # tried above
@@ -224,8 +203,6 @@ def test_event_frames_are_not_perturbed():
 
 
 def test_what_cannot_be_redrawn(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no numbers"):
-        figures.main(["--redraw", str(tmp_path)])
     path = tmp_path / "gains.json"
     InputGains({"mine": {"0": [1.0]}}).save(path)
     path.write_text(path.read_text().replace("sj_robust.figure", "sj_robust.figure.pie"))

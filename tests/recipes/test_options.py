@@ -11,8 +11,7 @@ import adv_train
 import evaluate
 import pytest
 from covering import each_in_turn
-from lab.command_line import idle, unused
-from lab.command_line.declared import Idle, marked, texts_of
+from lab.command_line import Idle, idle, marked, texts_of, unused
 from launch import RECIPES, ROOT, unboxed
 
 from sj_robust.training import MODES
@@ -113,6 +112,7 @@ def without_effect(**given):
         ),
         ({"mode": "pgd_at"}, {"noise_std", "project", "beta", "trades_weight", *INDICATOR}),
         ({"mode": "pgd_at", "rho": 1.0}, {"noise_std", "project", "beta", "trades_weight"}),
+        ({"mode": "twin_at"}, {"noise_std", "project", "beta", "trades_weight", *INDICATOR}),
         ({"mode": "trades", "rho": 1.0}, {"kappa", "project", "beta"}),
         (
             {"mode": "certified"},
@@ -127,6 +127,7 @@ def test_options_without_effect(given, expected):
     unused = {"guard_margin", "guard_rising", "encoder_options", "temporal_orthogonality"}
     unused |= {"largest_shift", "hidden"}
     wanted = expected | unused | (BOUNDS if given.get("mode") != "certified" else set())
+    wanted |= {"levels"} if given.get("mode") != "twin_at" else set()
     assert found == wanted
     used = {"threshold_guard": 0.1, "encoder": "stod", "moves": 3, "model": "vgg5"}
     assert not unused & without_effect(**used, **given)

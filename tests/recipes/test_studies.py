@@ -23,7 +23,7 @@ RESULTS = ROOT / "docs" / "results"
 SHIPPED = ROOT / "sj_robust" / "models" / "trained"
 PAGES = ("defences_tables", "networks", "pretrained", "proved_tables", "record", "rounds")
 PAGES += ("standard",)
-SHORT = "--test-limit 4 --no-control --batch-size 4"
+SHORT = "--suite fast --test-limit 2 --no-control --batch-size 2"
 SMALL = {
     "before_after": {},
     "defences": {},
@@ -41,11 +41,11 @@ SMALL = {
     "networks": {"names": ("single steps, one layer",)},
     "pretrained": {"names": ("digits/lif",), "more": SHORT},
     "proof_times": {"rounds": 1, "images": 3, "zoo": "small"},
-    "proved": {"data": "digits", "images": 8},
+    "proved": {"data": "digits", "images": 2},
     "proved_tables": {},
     "record": {},
-    "rounds": {"networks": ("digits/lif",), "seeds": (0,), "rounds": (1,), "images": 4},
-    "spikes_case": {"attacks": ("PGD-20", "standard"), "images": 4},
+    "rounds": {"networks": ("digits/lif",), "seeds": (0,), "rounds": (1,), "images": 2},
+    "spikes_case": {"attacks": ("PGD-20", "standard"), "images": 2},
     "sweeps": {"study": "mine"},
     "standard": {"names": ("digits/lif",), "suites": ("gradient",), "more": f"{SHORT} --no-proofs"},
 }
@@ -179,18 +179,11 @@ def test_a_study_runs(study, tmp_path, monkeypatch, capsys):
     if name in FROM_FILES[1:] and (tmp_path / before).is_file():
         assert (tmp_path / before).read_bytes() == (RESULTS / before).read_bytes()
     if name == "defences":
-        tables = importlib.import_module("tables")
-        rows = {
-            (row["radius"], row["cell"]): row
-            for row in tables.read_table(tmp_path / "defences" / "defences.csv")
-        }
-        mine = rows.pop(("16/255", "at"))
-        assert (mine["clean"], mine["pgd"], mine["at_most"]) == ("80.0", "50.0", "20.0")
-        assert (mine["no_spike_search"], mine["chosen"]) == ("40.0", "lr 0.2")
-        assert (mine["seeds"], mine["proved"], mine["ms_mppd"]) == ("1", "", "0.25")
-        assert len(rows) + 1 == len(
-            {(row["radius"], row["cell"]) for row in [*rows.values(), mine]}
-        )
+        rows = importlib.import_module("tables").read_table(tmp_path / "defences" / "defences.csv")
+        (mine,) = [row for row in rows if (row["radius"], row["cell"]) == ("16/255", "at")]
+        wanted = {"clean": "80.0", "pgd": "50.0", "no_spike_search": "40.0", "at_most": "20.0"}
+        wanted |= {"chosen": "lr 0.2", "seeds": "1", "proved": "", "ms_mppd": "0.25"}
+        assert wanted.items() <= mine.items()
 
 
 def test_a_stopped_study_goes_on(study_tables, tmp_path):

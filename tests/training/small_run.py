@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import fgsm, pgd, rfgsm
+from sj_robust.attacks import ThreatModel, fgsm, pgd, rfgsm
 from sj_robust.data import ImageSplits
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.training import (
@@ -103,6 +103,19 @@ def batch_norm_net(channels=1):
     return net
 
 
+def of_nodes(*kinds, **objective):
+    """Options of a run whose network has neurons that are built anew."""
+
+    def build():
+        nodes = [kind() for kind in kinds]
+        net = nn.Sequential(layer.Flatten(), layer.Linear(16, 24), *nodes, layer.Linear(24, 3))
+        functional.set_step_mode(net, "m")
+        net[1].weight.data.mul_(3)
+        return net
+
+    return {"build": build, "objective": {"rho": 0.0} | objective}
+
+
 def run(
     folder,
     *,
@@ -142,7 +155,7 @@ def run(
         accelerator=accelerator,
         folder=folder,
         journal=journal or Journal(None),
-        description={"plan": plan},
+        description={"plan": {name: str(value) for name, value in plan.items()}},
         resume=resume,
     )
     return history, classifier
@@ -211,7 +224,7 @@ SCENARIOS = {
             "rho": 0.5,
         },
         "select": "verified",
-        "verified_eps": 0.02,
+        "verified": ThreatModel("Linf", 0.02),
     },
 }
 CUT = SAME | {"checkpoint_steps": 1}

@@ -38,9 +38,9 @@ def fire(h, width=1.0):
     return Triangle.apply(h - 1, width)
 
 
-def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
-    """Potentials before the reset and spikes, [T, N, *], with the graph; ``gain`` holds one number
-    per step.
+def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False, noise=(0.0,) * T):
+    """Potentials before the reset and spikes, [T, N, *], with the graph; ``gain`` and ``noise``,
+    which decides spikes alone, have one entry per step.
     """
     rest = v_reset or 0.0
     v = rest
@@ -49,7 +49,7 @@ def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
     for t in range(T):
         leak = (1 - decay) * rest
         h = decay * v + gain[t] * x_seq[t] + leak
-        spike = fire(h)
+        spike = fire(h + noise[t])
         h_seq.append(h)
         spike_seq.append(spike)
         reset = spike.detach() if detach else spike

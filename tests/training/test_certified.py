@@ -15,15 +15,19 @@ from torch.testing import assert_close
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import ThreatModel
 from sj_robust.defences import StochasticGate
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.proofs import differentiable, verify
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.changes import Flips
+from sj_robust.proofs.differentiable import DifferentiableBounds
 from sj_robust.training import (
     CertifiedOptions,
     Journal,
     Objective,
     TrainingPlan,
+    event_attacks,
     load_checkpoint,
     validation,
 )
@@ -40,7 +44,7 @@ CERTIFIED = {
         "rho": 0.0,
     },
     "select": "verified",
-    "verified_eps": EPS,
+    "verified": ThreatModel("Linf", EPS),
     "perturb": None,
 }
 
@@ -67,10 +71,8 @@ def unbounded():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(
-    tmp_path, monkeypatch, mixed_precision
-):
+def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path, monkeypatch):
+    """In half precision, of which the proofs know nothing."""
     made = []
     ramps = []
     bounded = []
@@ -92,7 +94,7 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(
         epochs=12,
         lr=0.05,
         journal=Watching(tmp_path),
-        mixed_precision=mixed_precision,
+        mixed_precision="bf16",
     )
     steps = torch.arange(48) / 48
     expected = ((steps - 0.05) / 0.6).clamp(0, 1)
@@ -129,7 +131,7 @@ def plain(net):
     return Objective(SpikingClassifier(net, T=3))
 
 
-PROVED = {"select": "verified", "verified_eps": EPS}
+PROVED = {"select": "verified", "verified": ThreatModel("Linf", EPS)}
 HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
 
 
@@ -137,8 +139,8 @@ HALF = SimpleNamespace(num_processes=1, mixed_precision="fp16")
     ("objective", "options", "named"),
     [
         (lambda: certified(unbounded()), PROVED, "sin in or behind 2.1"),
-        (lambda: plain(unbounded()), PROVED, "verified_eps"),
-        (lambda: plain(drawing()), PROVED, "verified_eps"),
+        (lambda: plain(unbounded()), PROVED, "verified"),
+        (lambda: plain(drawing()), PROVED, "verified"),
         (lambda: certified(drawing()), {}, "random"),
         (certified, {"compile": True}, "compile"),
         (certified, {"accelerator": HALF}, "mixed_precision"),
@@ -165,7 +167,7 @@ def test_a_network_with_relu_has_no_figures_of_spikes_in_the_log():
     )
     found = Validation(images, Accelerator(cpu=True), seed=0)
     assert found.scalars(classifier, small_run.ATTACK) == {}
-    assert set(found.accuracy(classifier, {}, EPS)) == {"clean", "verified"}
+    assert set(found.accuracy(classifier, {}, ThreatModel("Linf", EPS))) == {"clean", "verified"}
 
 
 def test_adam_takes_its_own_step(tmp_path):
@@ -237,3 +239,89 @@ def test_the_epoch_is_chosen_by_the_method_of_the_plan(method, tmp_path, monkeyp
     monkeypatch.setattr(validation, "verify", noting)
     small_run.run(tmp_path, **CERTIFIED, verified_method=method, epochs=2)
     assert methods == [method, method]
+
+
+def network():
+    torch.manual_seed(0)
+    options = {"strides": [2], "kernel_size": 4}
+    spec = NetworkSpec(
+        image_shape=(2, 10, 10), classes=10, T=3, channels=(4,), frames=True, options=options
+    )
+    return build_classifier(spec)
+
+
+def samples(count=8):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(count, 3, 2, 10, 10, generator=generator) < 0.2).float()
+    return x, torch.arange(count) % 10
+
+
+def test_the_radius_rises_in_parts_of_an_event():
+    x, y = samples()
+    loss = CertifiedLoss(network().eval(), ThreatModel("L0", 2))
+    values = []
+    for progress in (0.0, 0.2, 0.3, 0.5, 1.0):
+        loss.progress = progress
+        values.append(float(loss.value(x, y)[0].detach()))
+    assert values == sorted(values)
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("threat", [ThreatModel("L0", 1), ThreatModel("moves", 2, largest_shift=1)])
+def test_training_proves_more(threat):
+    x, y = samples()
+    y = y % 2
+    x[y == 1, :, :, :, 5:] = 0  # events on one side, and on both
+    model = network()
+    model.net.first.weight.data *= 2  # so that it fires
+    loss = CertifiedLoss(model.eval(), threat)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    before = verify(model, x, y, threat).accuracy
+    for step in range(15):
+        loss.progress = step / 15
+        optimizer.zero_grad()
+        loss.value(x, y)[0].backward()
+        optimizer.step()
+    assert verify(model, x, y, threat).accuracy > before + 0.4
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, 2.5])
+def test_joint_bounds_of_changed_events_are_tighter_hold_and_have_a_gradient(budget):
+    x, y = samples()
+    model = network()
+    model.net.first.weight.data *= 2
+    model.eval()
+    leads = {}
+    for method in ("ibp", "joint"):
+        bounds = DifferentiableBounds(model, method=method)
+        leads[method] = bounds.lead(x, y, Flips(budget))
+    rounding = 1e-4
+    assert (leads["joint"] <= leads["ibp"] + rounding).all()
+    if budget == 1.0:
+        assert leads["joint"].mean() < leads["ibp"].mean() - 0.01
+    ball = Flips(int(budget))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        steps = [ball.drawn(frame, generator) for frame in x.split(1, dim=1)]
+        changed = torch.cat(steps, 1)  # each time step has the budget
+        logits = model(changed)
+        lead = logits - logits.gather(1, y.unsqueeze(1))
+        assert (lead <= leads["joint"] + rounding).all()
+    leads["joint"].sum().backward()
+    assert model.net.first.weight.grad.any()
+
+
+def test_attacks_of_validation_and_of_the_end_keep_the_number_of_changes():
+    model = network().eval()
+    x, y = samples(4)
+    for final in (False, True):
+        for name, attack in event_attacks(3, final=final).items():
+            x_adv = attack(model, x, y, generator=torch.Generator().manual_seed(0))
+            assert int((x_adv != x).flatten(1).sum(1).max()) <= 3, name
+
+
+def test_frames_of_counts_need_to_be_said():
+    loss = CertifiedLoss(network().eval(), ThreatModel("L0", 2))
+    x, y = samples()
+    with pytest.raises(ValueError, match="for numbers of events pass counts=True"):
+        loss.value(3 * x, y)

@@ -1,24 +1,20 @@
-"""Methods take turns, each in its own process, so that neither the allocator nor a noisy minute
-favours one; tests run before, since a wrong kernel has no speed.
+"""Methods take turns, each in a process of its own, so that neither the allocator nor a noisy
+minute favours one; tests run before, since a wrong kernel has no speed.
 
-As a script it is the body of such a process: it checks and weighs a method, then times it whenever
-it is asked. Every answer is one JSON object a line: what the method weighs, then milliseconds of a
-pass for every line of standard input; or a reason, which is the last.
+As a script it is the body of such a process: it checks, weighs and times a method, and answers with
+one JSON object: what the method weighs and the milliseconds of its passes, or a reason.
 """
 
 import gc
 import json
 import math
 import os
-import select
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark.utils.timer import timer
 
 from lab import paths_for_children
 from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS, Benchmark
@@ -51,7 +48,8 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = {
 heap; ``cuda`` is torch's on a GPU.
 """
 LIMIT = 600.0
-"""Seconds that a method may take to be checked and weighed, or for its turn."""
+"""Seconds that a turn of a method may take."""
+TURNS = 3
 TOO_LONG = "took longer than "
 WORKER = (sys.executable, "-P", "-m", "lab.benchmarking.race")
 """Starts the process of a method."""
@@ -85,142 +83,66 @@ class Race:
         threads: int,
         environ: Mapping[str, str],
     ) -> list[Row]:
-        """Time these methods in ``rounds`` turns, of which a spread needs two.
+        """Time these methods ``rounds`` times, of which a spread needs two, in a few turns.
 
         One that is missing, wrong, out of memory, dead or silent for too long is a row with the
         reason, and the others go on.
         """
-        if not methods:
-            return []
-        device = "cuda" if self.allocator == "cuda" else "cpu"
-        shape = json.dumps(self.shape)
         is_layer = self.benchmark.passes > 0
-        racers: list[Racer] = []
-        try:
-            for method in [*methods, COPY] if is_layer else methods:
-                command = [*WORKER, self.subject, method, shape, str(threads), device]
-                racer = Racer(method, command, self._variables(method, environ))
-                racers.append(racer)
-                racer.weigh()
-            for number in range(rounds):
-                first = number % len(racers)  # another one begins each round
-                for racer in racers[first:] + racers[:first]:
-                    racer.take_turn()
-        finally:
-            for racer in racers:
-                racer.end()
-        copies = [racer.best for racer in racers if racer.method == COPY]
+        names = [*methods, COPY] if methods and is_layer else list(methods)
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for turn in range(min(TURNS, rounds)):
+            passes = len(range(turn, rounds, TURNS))
+            for method in names:
+                if not any("reason" in answer for answer in answers[method]):
+                    answers[method].append(self._answer(method, passes, threads, environ))
+            names.reverse()  # another one begins the next turn
+        found = {method: _figures(answers[method]) for method in answers}
+        copy = found.pop(COPY, {}).get("best", math.nan)
         tensor_bytes = self.benchmark.element_bytes * math.prod(self.shape)
-        figures = {
-            "tensor_mb": tensor_bytes / 1e6,
-            "copy": min(copies, default=math.nan) * tensor_bytes / COPIED_BYTES,
-        }
+        figures = {"tensor_mb": tensor_bytes / 1e6, "copy": copy * tensor_bytes / COPIED_BYTES}
         if self.allocator == "reuse":
             figures["peak_mb"] = math.nan  # a heap that is kept hides its growth
-        return [
-            replace(self.row(racer.method), **racer.figures() | figures)
-            for racer in racers
-            if racer.method != COPY
-        ]
+        return [replace(self.row(method), **found[method] | figures) for method in methods]
+
+    def _answer(
+        self, method: str, passes: int, threads: int, environ: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What a process of its own says of a method."""
+        device = "cuda" if self.allocator == "cuda" else "cpu"
+        words = [self.subject, method, json.dumps(self.shape), str(threads), device, str(passes)]
+        try:
+            done = _run([*WORKER, *words], self._variables(method, environ), LIMIT)
+        except subprocess.TimeoutExpired:
+            return {"reason": f"{TOO_LONG}{LIMIT:g} s"}
+        if done.stdout:
+            return json.loads(done.stdout)  # type: ignore[no-any-return]  # an object
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        return {"reason": f"the process ended with code {done.returncode}: {lines[-1][:300]}"}
 
     def _variables(self, method: str, environ: Mapping[str, str]) -> dict[str, str]:
         """The environment of a method's process."""
-        variables = {**os.environ, **paths_for_children(), **environ}
-        for name in ALLOCATORS["reuse"]:
-            variables.pop(name, None)
-        variables.update(ALLOCATORS[self.allocator])
-        variables.update(self.benchmark.variables.get(method, {}))
-        return variables
+        own = {name: os.environ[name] for name in os.environ if name not in ALLOCATORS["reuse"]}
+        more = self.benchmark.variables.get(method, {})
+        return {**own, **paths_for_children(), **environ, **ALLOCATORS[self.allocator], **more}
 
 
-class Racer:
-    """A method and its process, which ends with the first thing that goes wrong."""
-
-    def __init__(self, method: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
-        """Start the process."""
-        self.method = method
-        self.reason = ""
-        self._weight: dict[str, float] = {}
-        self._passes: list[dict[str, float]] = []
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # :meth:`end` closes it
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=dict(variables),
-            process_group=0,  # Ctrl-C reaches this process alone, which ends the others
-        )
-
-    def weigh(self) -> None:
-        """Wait until the method is checked and weighed."""
-        self._weight = self._answer()
-
-    def take_turn(self) -> None:
-        """Time one pass."""
-        if self.reason:
-            return
-        time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
-        with suppress(BrokenPipeError):  # it died, which the answer tells
-            print(file=self._process.stdin, flush=True)
-        found = self._answer()
-        if not self.reason:
-            self._passes.append(found)
-
-    def end(self) -> None:
-        """Stop the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-    @property
-    def best(self) -> float:
-        """Milliseconds of the fastest pass."""
-        return min(map(_total, self._passes), default=math.nan)
-
-    def figures(self) -> dict[str, Any]:
-        """Fields of the row: the reason, or times and memory."""
-        if self.reason:
-            return {"reason": self.reason}
-        quartiles = statistics.quantiles(map(_total, self._passes), method="inclusive")
-        return self._weight | {
-            "median": quartiles[1],
-            "quartile1": quartiles[0],
-            "quartile3": quartiles[2],
-            "best": self.best,
-            "forward": statistics.median(each["forward"] for each in self._passes),
-            "backward": statistics.median(each["backward"] for each in self._passes),
-        }
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None  # a pipe
-        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT)
-        if not ready:
-            return self._failed(f"{TOO_LONG}{LIMIT:g} s")
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            last = last_line(self._errors.read())
-            return self._failed(f"the process ended with code {self._process.wait()}: {last}")
-        found: dict[str, Any] = json.loads(line)
-        return self._failed(found["reason"]) if "reason" in found else found
-
-    def _failed(self, reason: str) -> dict[str, float]:
-        """Keep the reason, and give back processor and memory at once."""
-        self.reason = reason
-        self._process.kill()
-        return {}
-
-
-def _total(found: Mapping[str, float]) -> float:
-    return found["forward"] + found["backward"]
-
-
-def last_line(text: str) -> str:
-    """The last thing that a process said."""
-    lines = text.strip().splitlines() or ["it said nothing"]
-    return lines[-1][:300]
+def _figures(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of a row from the answers of its turns: the reason, or times and memory."""
+    last = answers[-1]
+    if "reason" in last:
+        return last
+    passes = [one for answer in answers for one in answer.pop("passes")]
+    total = [one["forward"] + one["backward"] for one in passes]
+    quartiles = statistics.quantiles(total, method="inclusive")
+    return last | {
+        "median": quartiles[1],
+        "quartile1": quartiles[0],
+        "quartile3": quartiles[2],
+        "best": min(total),
+        "forward": statistics.median(one["forward"] for one in passes),
+        "backward": statistics.median(one["backward"] for one in passes),
+    }
 
 
 OPERATOR = ("ops/test_dlif.py", "ops/test_cpp.py")
@@ -283,19 +205,24 @@ def _pytest(
 ) -> "subprocess.CompletedProcess[str]":
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
-    variables = {**os.environ, **paths_for_children(), **environ}
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=variables, timeout=limit
-        )
+        return _run(command, {**os.environ, **paths_for_children(), **environ}, limit)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, -9, f"{TOO_LONG}{limit:g} s", "")
 
 
-def answers(
-    subject: str, method: str, shape: tuple[int, ...], device: str
-) -> Iterator[dict[str, Any]]:
-    """What the method weighs, then, as often as it is asked, what a pass takes."""
+def _run(
+    command: Sequence[str], variables: Mapping[str, str], limit: float | None
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=variables, timeout=limit
+    )
+
+
+def answer(
+    subject: str, method: str, shape: tuple[int, ...], device: str, passes: int
+) -> dict[str, Any]:
+    """What the method weighs and what its passes take, or why it has no figures."""
     try:
         with torch.device(device):
             task = made(subject, method, shape)
@@ -305,18 +232,14 @@ def answers(
             torch.set_num_threads(1)
         meter = Meter(task, on_gpu=device == "cuda", cpu_time=benchmark.cpu_time)
         meter.times()  # what a library sets up at its first call does not count
-        facts = {"peak_mb": meter.peak_bytes() / 1e6, "saved_mb": meter.saved_bytes() / 1e6}
-        while True:
-            if device == "cuda":
-                torch.cuda.empty_cache()  # the memory belongs to whose turn it is
-            yield facts
-            meter.times()  # wakes threads and fills caches, as in a training step the layer before
-            facts = meter.times()
+        found = {"peak_mb": meter.peak_bytes() / 1e6, "saved_mb": meter.saved_bytes() / 1e6}
+        meter.times()  # wakes threads and fills caches, as in a training step the layer before
+        return found | {"passes": [meter.times() for _ in range(passes)]}
     except ImportError as error:
-        yield {"reason": f"{NOT_HERE}{error}"}
+        return {"reason": f"{NOT_HERE}{error}"}
     except Exception as error:  # whatever goes wrong with one method is that method's affair
         words = f"{type(error).__name__}: {error}"
-        yield {"reason": " ".join(words.split())[:400]}
+        return {"reason": " ".join(words.split())[:400]}
 
 
 def made(subject: str, method: str, shape: tuple[int, ...]) -> Task:
@@ -334,22 +257,18 @@ class Meter:
         """Say where the task runs, and whether the processor's time counts."""
         self._task = task
         self._on_gpu = on_gpu
-        self._clock = time.process_time if cpu_time else time.perf_counter
-
-    def _now(self) -> float:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return 1e3 * self._clock()
+        self._clock = time.process_time if cpu_time else timer  # which waits for a GPU
 
     def times(self) -> dict[str, float]:
         """Milliseconds of the forward and of the backward pass; results are dropped, as after a
         training step.
         """
-        start = self._now()
+        start = self._clock()
         result = self._task.forward()
-        middle = self._now()
+        middle = self._clock()
         self._task.backward(result)
-        return {"forward": middle - start, "backward": self._now() - middle}
+        end = self._clock()
+        return {"forward": 1e3 * (middle - start), "backward": 1e3 * (end - middle)}
 
     def saved_bytes(self) -> float:
         """Bytes that the graph keeps alive beyond the inputs; the last potential, a state, belongs
@@ -412,18 +331,16 @@ class CopyTask(Task):
         self._target.copy_(self._source)
 
 
-def main(subject: str, method: str, shape: str, threads: str, device: str) -> None:
-    """Answer at once, and then every line of standard input."""
+def main(subject: str, method: str, shape: str, threads: str, device: str, passes: str) -> None:
+    """Measure, and say what was found."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     warnings.simplefilter("ignore")  # of peers; this package is silent
     quiet_triton()
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    for answer in answers(subject, method, tuple(json.loads(shape)), device):
-        print(json.dumps(answer), file=out, flush=True)
-        if not sys.stdin.readline():
-            break
+    found = answer(subject, method, tuple(json.loads(shape)), device, int(passes))
+    print(json.dumps(found), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Rows of a benchmark in a CSV file, and as tables; a run that was stopped measures only what is
-not in it.
+"""Rows of a benchmark in a CSV file, as tables and as a chart; a run that was stopped measures only
+what is not in it.
 """
 
 import csv
@@ -7,10 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
 from sj_robust.core.saved import csv_text, markdown_table, write_whole
+from sj_robust.core.shown import COLOURS, GREY, new_figure, print_style, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TESTS = "gpu_tests"
 """Subject of the rows that are tests."""
@@ -222,3 +226,46 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 def _in_a_cell(text: str) -> str:
     return text.replace("|", "/")
+
+
+@print_style()
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Time of every method, a column of panels per allocator and a row of them per shape, beside
+    the time that moving the tensors takes; nothing without figures.
+    """
+    rows = [row for row in rows if not math.isnan(row.median)]
+    if not rows:
+        return
+    allocators = list(dict.fromkeys(row.allocator for row in rows))
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    width = 2.0 + 2.6 * len(allocators)
+    height = 0.5 + len(shapes) * (0.5 + 0.14 * len(methods))
+    figure = new_figure(width, height)
+    size = len(shapes), len(allocators)
+    panels = figure.subplots(*size, sharex="row", sharey=True, squeeze=False)
+    for line, shape in zip(panels, shapes, strict=True):
+        of_shape = [row for row in rows if row.shape == shape]
+        for axes, allocator in zip(line, allocators, strict=True):
+            here = [row for row in of_shape if row.allocator == allocator]
+            _draw_race(axes, here, methods)
+            axes.set_title(f"[{shape.replace('x', ', ')}], {allocator}", loc="left")
+    panels[0, 0].invert_yaxis()  # and the others with it
+    figure.supxlabel(
+        "forward + backward, ms; bar: median, whisker: quartiles, line: memory's speed",
+        fontsize=7,
+    )
+    write_figure(figure, path)
+
+
+def _draw_race(axes: "Axes", rows: Sequence[Row], methods: list[str]) -> None:
+    """One race."""
+    medians = [row.median for row in rows]
+    below = [row.median - row.quartile1 for row in rows]
+    above = [row.quartile3 - row.median for row in rows]
+    places = [methods.index(row.method) for row in rows]
+    axes.barh(places, medians, xerr=[below, above], color=COLOURS[0], ecolor=GREY)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.grid(visible=False, axis="y")
+    for row in rows:
+        axes.axvline(floor(row), color="black")

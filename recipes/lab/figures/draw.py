@@ -26,8 +26,7 @@ from lab.figures.style import (
 )
 from sj_robust.core.saved import SavedResult, saved_format
 from sj_robust.core.shown import common_scale, heat_map
-from sj_robust.perturbation.indicators import INDICATORS
-from sj_robust.perturbation.intensity import IntensityCorrelation
+from sj_robust.perturbation.intensity import INDICATORS, IntensityCorrelation
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
 _MOST_LINES = len(COLOURS)

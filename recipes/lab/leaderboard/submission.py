@@ -175,7 +175,7 @@ def check_report(
     checks.append(_same_images(report, data))
     try:
         network = network or _named(report)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return [*checks, Check(False, f"network: {error}")]
     if network is None or data is None:
         said = "give its checkpoint, or --network module:function" if data else "no images"

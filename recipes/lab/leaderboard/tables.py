@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sj_robust.core.commands import as_called
+from sj_robust.__main__ import as_called
 from sj_robust.core.saved import csv_text, markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Report
 from sj_robust.evaluation.run.suites import GRADES

@@ -16,8 +16,7 @@ from rich.console import Console
 from scipy.special import stdtrit
 
 from lab.figures.style import COLOURS, DOUBLE, MARKERS, legend, print_style, save
-from lab.sweeping.grid import names_in, value_text
-from lab.sweeping.runs import PlannedRun, RunRecord
+from lab.sweeping.runs import PlannedRun, RunRecord, names_in, value_text
 from sj_robust.core.environment import CODE_KEY
 from sj_robust.core.saved import csv_text, markdown_table, write_whole
 from sj_robust.training.modes import MODES

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.core.host import check_hooks_run, from_reset
+from sj_robust.core.host import check_hooks_run
+from sj_robust.core.preserved import from_reset
 from sj_robust.neuron.charging import emits_spikes, is_neuron
 
 __all__ = ["LayerActivity", "firing"]

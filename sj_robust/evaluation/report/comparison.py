@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.eps import eps_text
 from sj_robust.core.saved import markdown_table
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
 from sj_robust.evaluation.report.verdict import alarms, masked
 from sj_robust.evaluation.result import OVER_EPS, Accuracy, Evaluation, Row

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.eps import eps_text
 from sj_robust.core.saved import csv_text, markdown_cells, plain
+from sj_robust.core.threat import ThreatModel
 from sj_robust.data.files import one_line
 from sj_robust.evaluation.report.levels import WHATS, intact, levels
 from sj_robust.evaluation.report.table import table

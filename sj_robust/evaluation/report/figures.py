@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sj_robust.attacks.threat import eps_text, parse_eps
+from sj_robust.core.eps import eps_text, parse_eps
 from sj_robust.core.shown import (
     BLUE,
     COLOURS,

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.eps import eps_text
 from sj_robust.core.saved import markdown_table
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.intervals import repeated_interval
 from sj_robust.evaluation.result import Evaluation
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.classifier import as_classifier
 from sj_robust.core.checks import check_count
 from sj_robust.core.environment import device_of
+from sj_robust.core.eps import eps_text
 from sj_robust.core.preserved import seeded_network
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.saved import markdown_table
@@ -28,6 +28,7 @@ from sj_robust.core.shown import (
     without_formulas,
     write_figure,
 )
+from sj_robust.core.threat import NormName, Threat, ThreatModel, as_threat
 from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
@@ -188,9 +189,7 @@ def gallery(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | str,
-    norm: Literal["Linf", "L2", "L0"] | None = None,
-    counts: bool = False,
+    eps: Threat,
     estimator: str = "training",
     count: int = 6,
     T: int | None = None,
@@ -210,9 +209,7 @@ def gallery(
         x: Images [N, C, H, W] in [0, 1], or event frames [N, T, 2, H, W]; the first 32 that are
             classified correctly are attacked.
         y: Labels [N] int64.
-        eps: Radius.
-        norm: Norm.
-        counts: Whether event frames hold numbers of events.
+        eps: A radius or a threat model, as in :func:`sj_robust.evaluate`.
         estimator: Gradient estimator to attack with, such as the first of ``report.estimators``.
         count: Number of images to show, starting with those that fool the network.
         T: Number of time steps, for a bare network; None if it brings its own.
@@ -237,8 +234,7 @@ def gallery(
         (6, True)
     """
     classifier = as_classifier(model, T, mean=mean, std=std, images=x)
-    norm = norm or ("L0" if x.ndim == 5 else "Linf")
-    threat = ThreatModel(norm, parse_eps(eps), counts=counts)
+    threat = as_threat(eps, "L0" if x.ndim == 5 else "Linf", *get_args(NormName))
     if draws is not None:
         check_count("draws", draws)
     draws = settled_draws(classifier, Data.of([(x, y)]), draws, shared=False)

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.eps import eps_text
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.report import export, figures, verdict
 from sj_robust.evaluation.report.export import COUNTED, DERIVED, derived, footnote
 from sj_robust.evaluation.report.levels import What, fall, mean_accuracy

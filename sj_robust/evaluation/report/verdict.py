@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.core.eps import eps_text
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.intervals import extent
 from sj_robust.evaluation.report.levels import levels_verdict
 from sj_robust.evaluation.result import Accuracy, Evaluation

@@ -12,10 +12,10 @@ from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.events import Allow, flip_events, random_flips
 from sj_robust.attacks.logits import margin
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.attacks.timing import move_events, random_moves
 from sj_robust.core.checks import check_count
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.member import (
     Member,
     check_estimator,
@@ -272,7 +272,7 @@ def short_attack(
         return partial(
             event_attack(threat), steps=steps, queries=queries, reduce=False, **confident(draws)
         )
-    return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
+    return partial(apgd, eps=threat, steps=steps, **expectation(draws))
 
 
 CHANGES = {"L0": "flips", "moves": "moves"}
@@ -286,25 +286,14 @@ def short_attack_name(threat: ThreatModel) -> str:
 
 def event_attack(threat: ThreatModel) -> "partial[Tensor]":
     """The guided attack of a threat of events, its budget bound."""
-    return partial(flip_events if threat.norm == "L0" else move_events, **_budget(threat))
+    return partial(flip_events if threat.norm == "L0" else move_events, eps=threat)
 
 
 def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor]":
     """Its random control; moves neither add nor remove events, whatever ``allow`` says."""
     if threat.norm == "L0":
-        return partial(random_flips, **_budget(threat), allow=allow)
-    return partial(random_moves, **_budget(threat))
-
-
-def _budget(threat: ThreatModel) -> dict[str, Any]:
-    if threat.norm == "L0":
-        return {"flips": int(threat.eps), "counts": threat.counts}
-    return {
-        "counts": threat.counts,
-        "moves": int(threat.eps),
-        "largest_shift": threat.largest_shift,
-        "total_shift": threat.total_shift,
-    }
+        return partial(random_flips, eps=threat, allow=allow)
+    return partial(random_moves, eps=threat)
 
 
 def confident(draws: int) -> dict[str, Any]:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from sj_robust._version import __version__
 from sj_robust.attacks.call import Attack, Model
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_labels, check_samples
 from sj_robust.core.digest import description, fingerprint
 from sj_robust.core.environment import device_of, version_of
 from sj_robust.core.preserved import evaluation_mode, seeded_network
 from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.result import DIGITS, Kind, Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.draws import BESIDE
-from sj_robust.evaluation.run.member import Member, clock, crafted
+from sj_robust.evaluation.run.member import Member, Variant, clock, crafted
 from sj_robust.evaluation.run.progress import (
     BatchLog,
     Images,
@@ -37,7 +37,6 @@ from sj_robust.evaluation.run.progress import (
     gathered,
     rank_and_world_size,
 )
-from sj_robust.evaluation.run.variant import Variant
 from sj_robust.perturbation import MPPDMonitor
 
 __all__ = ["Asked", "Job", "Outcome", "alone", "releases", "rows_of", "run", "run_batch"]

@@ -17,10 +17,10 @@ from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.spike_search import PROPOSALS_AT_ONCE, spike_search
 from sj_robust.attacks.square import square
-from sj_robust.attacks.threat import ThreatModel
 from sj_robust.core.checks import check_choice, check_count
 from sj_robust.core.extras import check_extra
 from sj_robust.core.preserved import evaluation_mode
+from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.estimator_search import (
     CANDIDATES,
     CHANGES,
@@ -32,7 +32,7 @@ from sj_robust.evaluation.run.estimator_search import (
     random_event_attack,
 )
 from sj_robust.evaluation.run.member import Member
-from sj_robust.evaluation.run.program import program
+from sj_robust.evaluation.run.proofs import program
 
 __all__ = [
     "GRADES",
@@ -390,11 +390,11 @@ class _Plan:
         """SA-PGD, which knows the Linf ball alone."""
         if self.threat.norm != "Linf":
             return []
-        attack = partial(sapgd, eps=self.threat.eps, steps=steps, **expectation(self.eot_samples))
+        attack = partial(sapgd, eps=self.threat, steps=steps, **expectation(self.eot_samples))
         return [self.member("sapgd", attack, estimator)]
 
     def square(self, queries: int) -> Member:
-        attack = partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries)
+        attack = partial(square, eps=self.threat, queries=queries)
         return self.member("square", partial(attack, **self.averaged))
 
     def plain(self) -> tuple[Member, ...]:
@@ -410,9 +410,7 @@ class _Plan:
         """
         if self.eot_samples > 1:
             return []
-        attack = partial(
-            spike_search, eps=self.threat.eps, norm=self.threat.ball, forwards=forwards
-        )
+        attack = partial(spike_search, eps=self.threat, forwards=forwards)
         if self.batch_size is not None:
             attack = partial(attack, batch_size=min(2 * self.batch_size, PROPOSALS_AT_ONCE))
         return [replace(self.member("spike_search", attack), takes_starts=True)]
@@ -421,13 +419,11 @@ class _Plan:
         """The mixed-integer program on the images that are still correct, for small networks."""
         if self.eot_samples > 1 or self.threat.norm != "Linf":
             return []
-        return [self.member("program", partial(program, eps=self.threat.eps))]
+        return [self.member("program", partial(program, eps=self.threat))]
 
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
         noisy = expectation(self.eot_samples)
-        return partial(
-            apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **noisy
-        )
+        return partial(apgd, eps=self.threat, loss=loss, steps=steps, **noisy)
 
     def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
         attack = partial(
@@ -572,9 +568,7 @@ def _paper(plan: _Plan) -> Suite:
 def _autoattack(plan: _Plan) -> Suite:
     threat = plan.threat
     version: Version = "standard" if plan.eot_samples == 1 else "rand"
-    member = plan.member(
-        "autoattack", partial(autoattack, eps=threat.eps, norm=threat.ball, version=version)
-    )
+    member = plan.member("autoattack", partial(autoattack, eps=threat, version=version))
     targeted = partial(plan.targeted, "training", targets=9)
     spent = [plan.ce("training"), *targeted(0), *targeted(1)]
     spent += [plan.ce("training", restart) for restart in range(1, 21)]

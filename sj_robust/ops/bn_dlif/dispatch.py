@@ -16,14 +16,15 @@ from torch import Tensor
 from sj_robust.ops.bn_dlif import operator, reference
 from sj_robust.ops.bn_dlif.config import BatchNorm, StageOutputs, memory_format, repeated_step
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, state_dtype
-from sj_robust.ops.dlif.operator import check_backend, dlif_multi_step, unavailable_reason
-from sj_robust.ops.registration import (
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Surrogate, check_arguments, state_dtype
+from sj_robust.ops.dlif.operator import (
+    check_backend,
     differentiates_by_functorch,
+    dlif_multi_step,
     have_memory,
     in_onnx_export,
+    unavailable_reason,
 )
-from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
     "batch_norm_dlif_multi_step",

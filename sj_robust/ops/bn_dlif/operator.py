@@ -27,7 +27,7 @@ from sj_robust.ops.bn_dlif.config import (
 )
 from sj_robust.ops.dlif import operator as dlif
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, is_repeated, state_dtype
-from sj_robust.ops.registration import define, present, saved_tensors
+from sj_robust.ops.dlif.operator import define, present, saved_tensors
 
 __all__ = ["multi_step"]
 

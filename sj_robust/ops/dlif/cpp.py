@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
+    HOST_NAMES,
     InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
     Planes,
+    Surrogate,
     is_repeated,
 )
-from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
     "INSTRUCTION_SETS",

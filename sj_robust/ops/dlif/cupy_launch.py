@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
+    HOST_NAMES,
+    NEEDS_GRAPH,
     DLIFConfig,
     InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    Surrogate,
     import_failure,
     no_gpu_reason,
 )
-from sj_robust.ops.surrogate import HOST_NAMES, NEEDS_GRAPH, Surrogate
 
 __all__ = [
     "LONGEST_SEQUENCE_IN_REGISTERS",

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
+    NEEDS_GRAPH,
     DLIFConfig,
     InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    Surrogate,
     state_dtype,
 )
 from sj_robust.ops.heap import advise_huge_pages
-from sj_robust.ops.surrogate import NEEDS_GRAPH, Surrogate
 
 __all__ = ["backward", "forward", "unsupported_reason"]
 

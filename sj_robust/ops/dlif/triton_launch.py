@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
+    HOST_NAMES,
     DLIFConfig,
     InputGradients,
     Inputs,
     OutputGradients,
     Outputs,
+    Surrogate,
     import_failure,
     no_gpu_reason,
 )
-from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
     "BACKWARD_WARPS",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.ops.surrogate import SurrogateKind
+from sj_robust.ops.dlif.config import SurrogateKind
 
 __all__ = [
     "STEP_PARTS",

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sj_robust.ops.registration import define, present
-from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
+from sj_robust.ops.dlif.config import HOST_NAMES, Surrogate
+from sj_robust.ops.dlif.operator import define, present
 from sj_robust.ops.trains import cpp, reference
 from sj_robust.ops.trains.config import (
     Constants,

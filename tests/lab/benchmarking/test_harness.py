@@ -22,27 +22,24 @@ WHERE = {
 }
 WORKER = """
 import json, os, sys, time
-subject, method, shape, threads, device = sys.argv[1:]
+subject, method, shape, threads, device, passes = sys.argv[1:]
 pass_ms = {"copy": 2.0, "DLIF triton": 50.0}.get(method, 100.0)
-
-def say(**answer):
-    print(json.dumps(answer), flush=True)
-    sys.stdin.readline() or sys.exit()
-
+found = {"peak_mb": 64.0, "saved_mb": 16.0, "passes": []}
 if method == "unable to start":
     sys.exit("no such library")
 if method == "absent":
-    say(reason="not installed: no package")
+    found = {"reason": "not installed: no package"}
 if method == "wrong":
-    say(reason="ValueError: it does not equal the textbook loop: it is not timed")
-say(peak_mb=64.0, saved_mb=16.0)
+    found = {"reason": "ValueError: it does not equal the textbook loop: it is not timed"}
 if method == "crashing":
     print("illegal access", file=sys.stderr, flush=True)
     os._exit(9)
 if method == "hanging":
     time.sleep(60)
-for number in range(99):
-    say(forward=0.25 * pass_ms + number, backward=0.75 * pass_ms)
+if "passes" in found:
+    for number in range(int(passes)):
+        found["passes"].append({"forward": 0.25 * pass_ms + number, "backward": 0.75 * pass_ms})
+print(json.dumps(found))
 """
 FAILING = {
     "absent": "not installed: no package",
@@ -53,7 +50,7 @@ FAILING = {
 METHODS = ("textbook loop", "DLIF triton", *FAILING)
 SHAPE = (4, 64, 1, 16, 16)
 FAKE = Race("gpu_layer", Benchmark({}, "", (SHAPE,), passes=5), METHODS, SHAPE, "cuda")
-OPTIONS = {"rounds": 3, "threads": 1, "environ": {}}
+OPTIONS = {"rounds": 9, "threads": 1, "environ": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +66,7 @@ def test_what_goes_wrong_is_a_row_and_the_others_are_timed():
     found = {name: row.reason for name, row in rows.items() if row.reason}
     assert found == FAILING
     row = rows["DLIF triton"]
-    assert (row.quartile1, row.median, row.quartile3, row.best) == (50.5, 51.0, 51.5, 50.0)
+    assert (row.quartile1, row.median, row.quartile3, row.best) == (50.0, 51.0, 52.0, 50.0)
     assert (row.forward, row.backward) == (13.5, 37.5)
     assert (row.peak_mb, row.saved_mb, row.tensor_mb) == (64.0, 16.0, 0.262144)
     assert row.copy == pytest.approx(2.0 * 0.262144 / 268.435456)
@@ -119,7 +116,7 @@ def test_a_table_has_ratios_shares_and_reasons():
     assert (fast["saved, tensors"], fast["peak, tensors"], fast["quartiles"]) == (
         "1.00",
         "4.00",
-        "50.5 - 51.5",
+        "50.0 - 52.0",
     )
     assert fast["peak / SpikingJelly LIFNode, GPU"] == "0.50"
     assert cells["wrong"]["median"] == ""
@@ -223,12 +220,6 @@ def test_the_hour_on_a_gpu_is_one_command_that_goes_on(clone, monkeypatch, capsy
     chart.unlink()
     benchmark.main(["--redraw", "out"])
     assert chart.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
-def test_without_a_gpu_it_says_so():
-    with pytest.raises(SystemExit, match="no CUDA GPU"):
-        benchmark.main(["--device", "cuda"])
 
 
 def test_a_file_of_something_else_is_not_drawn(tmp_path):

@@ -1,5 +1,5 @@
 """How good a network is before its training: a lost normalisation is told, with the options that
-bring it back; so are validation images that it was trained on.
+bring it back; so are validation images that it was trained on, and catastrophic overfitting.
 """
 
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from training.small_run import splits
 from sj_robust import SpikingClassifier
 from sj_robust.data import load_images
 from sj_robust.training import save_checkpoint
+from sj_robust.training.journal import EpochRecord, catastrophic_overfitting
 from sj_robust.training.validation import check_start, seen_before
 
 
@@ -79,3 +80,33 @@ def test_validation_images_of_an_earlier_training_are_told(tmp_path, earlier, no
     assert seen_before(tmp_path / "best.pt", splits()) is None  # which have a validation set
     torch.save({"w": torch.zeros(1)}, tmp_path / "bare.pt")
     assert seen_before(tmp_path / "bare.pt", images) is None
+
+
+HEALTHY = (0.80, 0.55, 0.45)
+"""Validation accuracy: clean, FGSM, PGD."""
+
+
+def warned(epochs):
+    history = []
+    for number, accuracies in enumerate(epochs, 1):
+        validation = dict(zip(("clean", "fgsm", "pgd"), accuracies, strict=True))
+        history.append(EpochRecord(number, {}, validation, 0.1))
+    return catastrophic_overfitting(history) is not None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        ([HEALTHY, (0.85, 0.90, 0.10)], True),  # FGSM above clean, PGD gone
+        ([HEALTHY, (0.85, 0.70, 0.20), (0.85, 0.80, 0.05)], True),  # FGSM far above PGD
+        ([(0.80, 0.10, 0.08), (0.85, 0.88, 0.01)], True),  # PGD was low from the start
+        ([], False),
+        ([(0.5, 0.2, 0.1)], False),
+        ([HEALTHY, (0.85, 0.60, 0.50)], False),  # healthy still
+        ([HEALTHY, (0.85, 0.58, 0.40)], False),  # noise
+        ([(0.90, 0.55, 0.45), (0.30, 0.20, 0.18)], False),  # everything falls
+        ([(0.98, 0.70, 0.60), (0.98, 0.71, 0.50)], False),  # an undefended network
+    ],
+)
+def test_catastrophic_overfitting_is_seen(epochs, expected):
+    assert warned(epochs) == expected

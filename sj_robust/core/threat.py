@@ -1,5 +1,5 @@
-"""What an adversary may do: the one representation of a norm and a radius, and radii in the usual
-notation.
+"""What an adversary may do: the one representation of a norm and a radius, and the projection onto
+its ball and the box [0, 1].
 """
 
 import math
@@ -11,16 +11,18 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.core.broadcast import along
 from sj_robust.core.checks import check_count, check_size, check_switch
-from sj_robust.core.eps import eps_text, parse_eps
+from sj_robust.core.eps import parse_eps
 from sj_robust.core.randomness import Private, rand, randn
 
-__all__ = ["ThreatModel", "eps_text", "parse_eps"]
+__all__ = ["NormName", "Threat", "ThreatModel", "as_threat", "linf_bounds", "project_l2"]
+
+NormName = Literal["Linf", "L2", "L0", "moves"]
 
 _LARGEST = 2.0**53
 """Number of events up to which float64 is exact."""
+_SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ThreatModel:
             or ``"moves"``.
         eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of
             elements per sample that may be changed, for ``"moves"`` the number of events that may
-            be moved, an integer >= 1.
+            be moved, an integer >= 0.
         largest_shift: For ``"moves"``, the largest number of frames by which an event may be moved;
             None for no limit.
         total_shift: For ``"moves"``, the largest number of frames by which the events of a sample
@@ -53,7 +55,7 @@ class ThreatModel:
     Raises:
         TypeError: If the radius is not a number, or ``counts`` is not a bool.
         ValueError: If the norm is unknown, if the radius is negative, not finite or (Linf) above 1,
-            or if a number of events or frames is not an integer >= 1.
+            if a number of events is not an integer >= 0, or if a shift is not one >= 1.
 
     Examples:
         >>> ThreatModel("Linf", 8 / 255)
@@ -67,7 +69,7 @@ class ThreatModel:
         tensor([[0., 3., 0., 0.]])
     """
 
-    norm: Literal["Linf", "L2", "L0", "moves"]
+    norm: NormName
     eps: float
     largest_shift: int | None = None
     total_shift: int | None = None
@@ -81,7 +83,7 @@ class ThreatModel:
         return f"ThreatModel({', '.join(shown)})"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("Linf", "L2", "L0", "moves"):
+        if self.norm not in get_args(NormName):
             raise ValueError(f"norm must be 'Linf', 'L2', 'L0' or 'moves', got {self.norm!r}")
         self._check_limit("largest_shift", self.largest_shift)
         self._check_limit("total_shift", self.total_shift)
@@ -107,10 +109,10 @@ class ThreatModel:
             return check_size("eps", self.eps, at_most=1.0)
         if self.norm == "L2":
             return check_size("eps", self.eps, at_most=math.inf)
-        if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
+        if isinstance(self.eps, bool) or self.eps < 0 or self.eps % 1 != 0:
             what = "changed elements" if self.norm == "L0" else "moved events"
             raise ValueError(
-                f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got "
+                f"eps must be an integer >= 0 for {self.norm}, the number of {what}, got "
                 f"{self.eps!r}; for a distance of values use 'Linf' or 'L2'"
             )
         return int(self.eps)
@@ -119,20 +121,6 @@ class ThreatModel:
     def of_events(self) -> bool:
         """Whether the adversary changes or moves events, which have no values between 0 and 1."""
         return self.norm in ("L0", "moves")
-
-    @property
-    def ball(self) -> Norm:
-        """The norm, for attacks that change values continuously.
-
-        Raises:
-            ValueError: If the threat is one of events, whose values cannot change continuously.
-        """
-        if self.norm == "L0" or self.norm == "moves":
-            raise ValueError(
-                f"norm must be 'Linf' or 'L2' to move values, got {self.norm!r}; use the suite "
-                "'events'"
-            )
-        return self.norm
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """The image closest to ``x_adv`` that is within the budget around ``x``, exactly and in the
@@ -256,6 +244,31 @@ class ThreatModel:
         return torch.where(allowed, events, torch.inf)
 
 
+Threat = ThreatModel | float | str
+"""What ``eps`` of a public function is: a threat model, or a radius such as ``8 / 255`` or
+``"8/255"``.
+"""
+
+
+def as_threat(eps: Threat, *norms: NormName) -> ThreatModel:
+    """What an adversary of one of these norms may do; a radius alone is one of the first norm.
+    由 eps 得到威胁模型。
+
+    Raises:
+        ValueError: If it is no radius, or a threat of another norm.
+
+    Examples:
+        >>> as_threat("8/255", "Linf", "L2") == ThreatModel("Linf", 8 / 255)
+        True
+    """
+    if not isinstance(eps, ThreatModel):
+        return ThreatModel(norms[0], parse_eps(eps))
+    if eps.norm not in norms:
+        wanted = " or ".join(f"ThreatModel({norm!r}, ...)" for norm in norms)
+        raise ValueError(f"eps must be {wanted} here, got {eps}")
+    return eps
+
+
 def _no_narrower(limit: float | None, other: float | None) -> bool:
     """Whether a limit is at least another; None is no limit."""
     if limit is None:
@@ -370,13 +383,6 @@ def rounding(x: Tensor) -> float:
     return 1e-6 + 2 * float(torch.finfo(x.dtype).eps)
 
 
-def ball_threat(norm: Norm, eps: float | str) -> ThreatModel:
-    """The threat of an attack that moves values; the radius may be text such as ``"8/255"``."""
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    return ThreatModel(norm, parse_eps(eps) if isinstance(eps, str) else eps)
-
-
 def random_point(
     x: Tensor, threat: ThreatModel, private: Private, *, on_border: bool = False
 ) -> Tensor:
@@ -445,3 +451,97 @@ def _fewest_added_and_removed(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
     spent = torch.zeros_like(ordered).scatter(1, order, spent_in_order)
     change = wanted.sign() * spent.view_as(wanted)
     return x + change.to(x.dtype)
+
+
+def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest image within ``eps`` of ``x`` and within [0, 1].
+
+    Equation: ``lower = max(x - eps, 0)``, ``upper = min(x + eps, 1)``, rounded towards ``x``:
+    measured in float64 or in the dtype of ``x``, no element is farther away than ``eps``, without
+    any tolerance. (Rounding to the nearest would leave the ball by half a unit in the last place.)
+
+    Args:
+        x: Images [N, ...] in [0, 1], any floating dtype.
+        eps: Radius, >= 0.
+
+    Returns:
+        ``lower`` and ``upper``, each in shape, dtype and device of ``x``.
+
+    Source: Linf ball of Ding et al. (ICML 2024), section 5.
+
+    Examples:
+        >>> linf_bounds(torch.tensor([[0.125, 0.5]]), eps=0.25)
+        (tensor([[0.0000, 0.2500]]), tensor([[0.3750, 0.7500]]))
+    """
+    radius = _round_down(eps, x.dtype)
+    exact = x.double()
+    lowest = (exact - radius).clamp(min=0)
+    highest = (exact + radius).clamp(max=1)
+    lower = _round_towards(x, lowest, limit=radius)
+    upper = _round_towards(x, highest, limit=radius)
+    return lower, upper
+
+
+def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
+    """Image within L2 distance ``eps`` of ``x`` per sample and within [0, 1].
+
+    Equation: ``clamp(x + d * min(1, eps / ||d||), 0, 1)`` with ``d = x_adv - x``. The clamp brings
+    every element closer to ``x``, so that the result is within both bounds. It is rounded towards
+    ``x``: measured in float64 the distance is at most ``eps * (1 + 1e-12)``.
+
+    Args:
+        x_adv: Images to project, in shape and dtype of ``x``.
+        x: Centres [N, ...] in [0, 1].
+        eps: Radius, >= 0.
+
+    Source: Madry et al. (ICLR 2018), projected gradient descent, for the L2 ball.
+
+    Examples:
+        >>> project_l2(torch.tensor([[0.5, 1.5]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
+        tensor([[0.5000, 0.7500]])
+    """
+    centre = x.double()
+    delta = x_adv.double() - centre
+    length = per_sample(l2_norm(delta), delta)
+    length = length.clamp(min=eps if eps > 0 else 1.0)  # shorter ones keep their length
+    delta = delta * (eps / length)
+    target = (centre + delta).clamp(0, 1)
+    return _round_towards(x, target, limit=delta.abs())
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """L2 norm of every sample, [N], in float64: squares of float32 neither underflow nor overflow
+    there.
+    """
+    flat = x.double().flatten(1)
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norm
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """One value per sample, [N], in a shape that broadcasts over ``x`` [N, ...]."""
+    return along(values, 0, x.ndim)
+
+
+def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:
+    """Float64 ``target`` in the dtype of ``x``; where rounding took it farther from ``x`` than
+    ``limit``, the neighbouring number that is closer to ``x``.
+    """
+    rounded = target.to(x.dtype)
+    back = x.double() - rounded.double()
+    too_far = back.abs() > limit
+    # The bits of a number >= 0, read as an integer, plus 1 are those of the next larger number of
+    # its dtype, and minus 1 those of the next smaller one.
+    integer = _SAME_SIZE_INTEGER[x.element_size()]
+    bits = rounded.view(integer)
+    towards_x = back.sign().to(integer)
+    bits = torch.where(too_far, bits + towards_x, bits)
+    return bits.view(x.dtype)
+
+
+def _round_down(eps: float, dtype: torch.dtype) -> float:
+    """Largest number of ``dtype`` that is not above ``eps``."""
+    nearest = torch.tensor(eps, dtype=dtype)
+    if float(nearest) > eps:
+        nearest = torch.nextafter(nearest, torch.zeros_like(nearest))
+    return float(nearest)
