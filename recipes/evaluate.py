@@ -92,8 +92,9 @@ class Options:
     with its weights loaded, bare or in a SpikingClassifier."""
     name: Annotated[str | None, Decides("nothing")] = None
     """Name of the network in the report; None: that of the checkpoint or function."""
-    transfer: Annotated[str | None, Idle(is_stress_test)] = None
-    """Checkpoint of another network for the same images, as the source of transfer attacks."""
+    surrogate_model: Annotated[str | None, Idle(is_stress_test)] = None
+    """Checkpoint of another network for the same images, on which some attacks are crafted; None:
+    the network of its own rates, if it was converted."""
     trust_code: Annotated[bool, NamesCode()] = False
     """Run the function of your own code that a checkpoint names."""
     compare: Annotated[list[str] | None, Often()] = None
@@ -327,7 +328,7 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
         subject = load_subject(options)
         subject = replace(subject, name=options.name or subject.name)
         settled = Settled.of(options, subject)
-        other = options.transfer and Path(options.transfer)
+        other = options.surrogate_model and Path(options.surrogate_model)
         source = from_checkpoint(other, settled.T, trust_code=options.trust_code) if other else None
     complete, dataset = settled.options, settled.dataset
     if options.proofs and not is_never_proved(complete):
@@ -373,7 +374,7 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
             splits.classes,
             seed=options.seed,
             draws=options.fault_draws if is_stress_test(complete) else options.draws,
-            source=None if source is None else source.model,
+            surrogate_model=None if source is None else source.model,
             proofs=options.proofs,
             control=options.control,
             rounds=options.rounds,
@@ -507,11 +508,11 @@ def counts_of(options: Options, subject: Subject, *, events: bool) -> bool:
 def radii_of(options: Options, norm: str, subject: Subject) -> list[float]:
     """Radii, that of the threat last: those asked for, or that of the checkpoint's evaluation."""
     if options.smooth is not None:
-        beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
+        beside = (options.eps, options.norm, options.suite, options.surrogate_model, options.resume)
         if parse_eps(options.smooth) <= 0 or any(beside) or options.rounds > 1:
             raise ValueError(
                 "--smooth needs SIGMA > 0 and attacks the vote on images in L2, in one run: omit "
-                "--eps, --norm, --suite, --transfer, --resume and --rounds"
+                "--eps, --norm, --suite, --surrogate-model, --resume and --rounds"
             )
         return [2 * parse_eps(options.smooth)]
     trained = subject.options

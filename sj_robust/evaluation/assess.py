@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.call import Model
 from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
 from sj_robust.core.environment import device_of
@@ -31,7 +30,6 @@ from sj_robust.evaluation.run.estimator_search import (
     CHANGES,
     EstimatorSearch,
     EstimatorTrial,
-    event_attack,
     search_estimators,
     short_attack,
     short_attack_name,
@@ -59,6 +57,7 @@ from sj_robust.evaluation.run.suites import (
     make_suite,
 )
 from sj_robust.evaluation.subject import Subject
+from sj_robust.models.rates import rate_twin
 from sj_robust.proofs.soundness import UnprovableError
 
 __all__ = [
@@ -77,8 +76,6 @@ at most.
 """
 DIAGNOSED = 40
 """Images that are checked for gradient masking, at most."""
-_FAR = 1e6
-"""A lead of a wrong class that no network gives."""
 _SPREAD = 10.0
 """Of logits, whose probabilities float32 tells from 0 and 1."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -135,6 +132,10 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         check_shape(cast("SuiteName", request.suite), data[0][0], draws=draws)
         say(f"the network draws random numbers: {draws} forwards judge an image")
     reasons = refused(model, UNSEARCHED.get(request.suite, ()))
+    told = "the surrogate model"
+    if request.surrogate_model is None:
+        request = replace(request, surrogate_model=rate_twin(model))
+        told = "the network of its rates, which has a true gradient"
     suite = partial(_suite, request, draws, reasons, data.batch_size)
     plan = suite()
     key = network_key(model, data, request.folder)
@@ -149,8 +150,10 @@ def assess(subject: Subject, batches: Batches | Data, request: Request) -> Repor
         trials = parts.search(plan.search)
         chosen = [row["estimator"] for row in trials if row["chosen"]]
         plan = suite(chosen)
-    if request.source is not None:
-        plan = _with_transfer(plan, request.source, request.threat, draws)
+    if request.surrogate_model is not None:
+        crafted = [one.name for one in plan.members if one.name.startswith("transfer/")]
+        there = f"{', '.join(crafted)} crafted on {told}"
+        plan = replace(plan, description=f"{plan.description}; {there}")
     control = plan.control if request.control else ()
     say(
         f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks and {len(control)} of "
@@ -488,7 +491,7 @@ class _Parts:
     def findings(self, trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Checks for gradient masking; what a search has tried is not attacked again."""
         self.say("checks for gradient masking")
-        source = self.request.source
+        source = self.request.surrogate_model
         searched = estimators_searched([EstimatorTrial(**trial) for trial in trials])
 
         def compute() -> list[dict[str, Any]]:
@@ -597,6 +600,7 @@ def _suite(
         rounds=request.rounds,
         refused=without,
         batch_size=batch_size,
+        surrogate_model=request.surrogate_model,
     )
 
 
@@ -626,24 +630,6 @@ def _has_curve(rows: Sequence[Row], threat: ThreatModel) -> bool:
     """Whether members of the suite have other radii than the threat, such as the paper's."""
     radii = {row.eps for row in rows if row.attacks and "@" in row.member}
     return len(radii - {None, threat.eps}) >= 2
-
-
-def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel, draws: int) -> Suite:
-    """The suite with attacks crafted on another network, and with those of the same cost in its
-    control.
-
-    What is crafted there does not end at the border of the source, where nothing would transfer.
-    """
-    own = short_attack(threat, 50, draws=gradient_draws(draws, threat))
-    if threat.of_events:
-        own = partial(event_attack(threat), confidence=_FAR, reduce=False)
-        attack = own
-    else:
-        attack = partial(own, keep_best=False)
-    kind = CHANGES.get(threat.norm, "apgd_ce")
-    crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", threat=threat)
-    control = Member("control/transfer", own, group="control", threat=threat)
-    return replace(suite, members=(*suite.members, crafted), control=(*suite.control, control))
 
 
 def _radii(threat: ThreatModel, *, elements: int) -> list[float]:

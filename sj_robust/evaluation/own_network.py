@@ -67,6 +67,7 @@ def evaluate(
     decay: Mapping[NeuronKey, float] | None = None,
     gain: Mapping[NeuronKey, float] | None = None,
     draws: int | None = None,
+    surrogate_model: nn.Module | None = None,
     seed: int = 0,
     batch_size: int = 256,
     folder: str | Path | None = None,
@@ -101,6 +102,11 @@ def evaluate(
         draws: Number of forwards of a stochastic network. An image counts as broken if the
             network is wrong in more than half of them, and attacks average the gradient over a
             third as many. None uses 10 for a network that draws random numbers and 1 for any other.
+        surrogate_model: A differentiable network from the same images to logits that stands in for
+            ``model`` where its own gradients do not lead, such as the network of ReLUs that it was
+            converted from: ``transfer/...`` are crafted on it and judged on ``model``, and the
+            search starts from their images too. None takes the network of rates behind
+            integrate-and-fire neurons with a soft reset, if all of ``model`` are.
         seed: Random seed.
         batch_size: Images at a time; results do not depend on it, except those of stochastic
             networks, of the estimator ``pdsg`` and MS-MPPD, which is that of the first batch.
@@ -142,6 +148,8 @@ def evaluate(
     check_text("dataset", dataset)
     if draws is not None:
         draws = check_count("draws", draws)
+    if surrogate_model is not None:
+        check_network(surrogate_model, "surrogate_model")
     data = given_data(x, y, check_count("batch_size", batch_size))
     threats = _threats(eps, data)
     threat = threats[-1]
@@ -157,6 +165,7 @@ def evaluate(
         dataset,
         seed=check_seed("seed", seed),
         draws=draws,
+        surrogate_model=surrogate_model,
         radii=tuple(one.eps for one in threats) if len(threats) > 1 else (),
         rounds=rounds,
         folder=check_folder("folder", folder),
@@ -312,6 +321,10 @@ class _Given:
         ):
             classes = check_fits(subject, first[:1].to(device), None, request.dataset)
             check_classes(torch.tensor(data.labels), classes)
+            if request.surrogate_model is not None:
+                other = Subject("surrogate_model", request.surrogate_model, "")
+                with evaluation_mode(other.model):
+                    check_fits(other, first[:1].to(device), classes, request.dataset)
             configuration = {
                 "T": self.T,
                 "mean": self.mean,

@@ -32,7 +32,8 @@ class Request:
             third of which its gradients are averaged; None finds out whether it needs several.
             Every image is asked twice for that, and to find out whether the network carries state.
             Of a stress test, draws of a fault that is random.
-        source: Another network for the same images; transfer attacks from it join the suite.
+        surrogate_model: A differentiable stand-in for the same images, on which some attacks of the
+            suite are crafted; None takes the network's own rates, if it has them.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
         checks: Whether accuracy over eps and signs of gradient masking are measured too.
@@ -51,7 +52,7 @@ class Request:
     classes: int = 0
     seed: int = 0
     draws: int | None = None
-    source: nn.Module | None = None
+    surrogate_model: nn.Module | None = None
     proofs: bool = True
     control: bool = True
     checks: bool = True

@@ -48,6 +48,9 @@ def short_suite(suite):
 
 
 def _short(member):
+    if not isinstance(member.attack, partial):  # crafted on another network
+        own = _short(replace(member, attack=member.attack.attack))
+        return replace(member, attack=replace(member.attack, attack=own.attack))
     given = member.attack.keywords
     shorter = {name: min(given[name], limit) for name, limit in _LIMITS.items() if name in given}
     if member.attack.func in (flip_events, move_events):

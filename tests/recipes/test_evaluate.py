@@ -174,7 +174,7 @@ def test_the_data_root_is_that_of_the_run(tmp_path):
 
 def test_l2_and_transfer(folder, tmp_path):
     options = (
-        *split("--norm L2 --eps 0.25,0.5 --transfer runs/two/a --suite fast"),
+        *split("--norm L2 --eps 0.25,0.5 --surrogate-model runs/two/a --suite fast"),
         *SMALL,
     )
     in_process(folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
@@ -185,7 +185,7 @@ def test_l2_and_transfer(folder, tmp_path):
     assert transferred.correct < report.clean.correct
     for row in report.attacks:
         assert row.largest <= 0.5 + 1e-5
-    assert any(row.member == "control/transfer" for row in report.attacks)
+    assert any(row.member == "control/transfer/apgd_ce" for row in report.attacks)
 
 
 def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys):

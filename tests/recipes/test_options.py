@@ -142,7 +142,7 @@ def test_attacks_on_events_do_not_take_the_options_of_those_on_images():
 @pytest.mark.parametrize(
     ("given", "ignored"),
     [
-        ({"proofs": False, "control": False, "draws": 7, "transfer": "x"}, []),
+        ({"proofs": False, "control": False, "draws": 7, "surrogate_model": "x"}, []),
         ({"norm": "L2", "proofs": False}, ["proofs"]),
         (
             {"smooth": 0.1, "smooth_draws": 7, "proofs": False, "control": False, "draws": 7},
@@ -153,8 +153,14 @@ def test_attacks_on_events_do_not_take_the_options_of_those_on_images():
             ["fault_draws", "smooth_alpha", "smooth_draws"],
         ),
         (
-            {"suite": "stress", "fault_draws": 3, "proofs": False, "draws": 7, "transfer": "x"},
-            ["draws", "proofs", "transfer"],
+            {
+                "suite": "stress",
+                "fault_draws": 3,
+                "proofs": False,
+                "draws": 7,
+                "surrogate_model": "x",
+            },
+            ["draws", "proofs", "surrogate_model"],
         ),
         ({"suite": "corruptions", "fault_draws": 3, "control": False}, ["control", "fault_draws"]),
     ],

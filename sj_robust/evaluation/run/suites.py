@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.bridges import Version, autoattack
-from sj_robust.attacks.call import Attack
+from sj_robust.attacks.bridges import Version, autoattack, transfer
+from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
@@ -79,6 +79,8 @@ chooses (docs/results/estimator_choice.csv), the most frequent ones and two that
 """
 _REPEATED = ("fast", "standard", "gradient", "long", "events")
 """Suites that may have several rounds."""
+_FAR = 1e6
+"""A lead of a wrong class that no network gives."""
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {
     7: 2.55 / 255,
@@ -134,6 +136,7 @@ def make_suite(
     rounds: int = 1,
     refused: Collection[str] = (),
     batch_size: int | None = None,
+    surrogate_model: Model | None = None,
 ) -> Suite:
     """Build a suite for a threat model, with the estimators chosen by a search.
 
@@ -177,6 +180,10 @@ def make_suite(
     are still correct; a search starts from the images of its own round, so that it ends elsewhere.
     Where twice the steps or forwards find nothing more, another round may.
 
+    With a ``surrogate_model``, APGD-CE, APGD-DLR and APGD-T (3 classes) of 100 steps (``fast``: 50)
+    are crafted on it, and the network judges what they make; they follow the first attack, so that
+    the search starts from their images too. On events this is flip_events or ``move_events``.
+
     The control repeats every attack within the threat model, with the training surrogate and
     another seed; its search starts from the images of the control. There are three exceptions. The
     control of ``standard`` has no program, which uses no gradient. That of ``autoattack`` replaces
@@ -202,6 +209,7 @@ def make_suite(
             SA-PGD of ``gradient`` uses c1 instead of ASSG.
         batch_size: Images that may be evaluated at a time; the search over spikes takes up to twice
             as many, since it keeps no graph. None leaves it at its default.
+        surrogate_model: A differentiable stand-in, from the same images to logits; None is none.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat model, the radius is 0,
@@ -231,8 +239,6 @@ def make_suite(
     check_count("eot_samples", eot_samples)
     check_rounds(name, rounds)
     plan = _Plan(threat, classes, eot_samples, rounds, frozenset(refused), batch_size)
-    if name in fixed:
-        return replace(fixed[name](plan), plain=plan.plain())
     choosing = {
         "fast": _fast,
         "standard": _standard,
@@ -240,11 +246,16 @@ def make_suite(
         "long": _long,
         "events": _events,
     }
-    suite = choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    if name in fixed:
+        suite = fixed[name](plan)
+    else:
+        suite = choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
     suite = replace(suite, plain=plan.plain())
-    if rounds == 1:
+    if rounds > 1:
+        suite = replace(suite, description=f"{suite.description}; {rounds} rounds")
+    if surrogate_model is None:
         return suite
-    return replace(suite, description=f"{suite.description}; {rounds} rounds")
+    return _with_transfer(suite, plan, surrogate_model)
 
 
 def allowed_by(plain: nn.Module | None, members: Sequence[Member], x: Tensor) -> list[Member]:
@@ -375,14 +386,16 @@ class _Plan:
             else []
         )
 
-    def targeted(self, estimator: str, restart: int = 0, *, targets: int = 3) -> list[Member]:
+    def targeted(
+        self, estimator: str, restart: int = 0, *, targets: int = 3, steps: int = 100
+    ) -> list[Member]:
         """APGD towards the likeliest wrong classes with the targeted DLR loss, which needs four
         logits.
         """
         if self.classes < 4:
             return []
         attack = partial(
-            self._apgd("dlr_targeted", 100), target_classes=min(targets, self.classes - 1)
+            self._apgd("dlr_targeted", steps), target_classes=min(targets, self.classes - 1)
         )
         return [self.member("apgd_t", attack, estimator, restart)]
 
@@ -452,6 +465,31 @@ class _Plan:
         if self.threat.norm == "moves":
             return self.member("random_moves", attack, restart=int(allow == "both"))
         return self.member(f"random_{allow}", attack)
+
+
+def _with_transfer(suite: Suite, plan: _Plan, source: Model) -> Suite:
+    """The suite with attacks crafted on another network, and with the same attacks on the network
+    itself in its control.
+
+    What is crafted there does not end at the border of the source, where nothing would transfer.
+    The first attack stays the network's own, which also meets the images that are proved.
+    """
+    steps = 50 if suite.name == "fast" else 100
+    if plan.threat.of_events:
+        own = [plan.flips("training")]
+        goes_on: dict[str, Any] = {"confidence": _FAR}
+    else:
+        own = [plan.ce("training", steps=steps), *plan.dlr("training", steps=steps)]
+        own += plan.targeted("training", steps=steps)
+        goes_on = {"keep_best": False}
+    members, control = list(suite.members), list(suite.control)
+    for place, member in enumerate(own, 1):
+        kind = member.name.partition("/")[0]
+        attack = transfer(source, partial(member.attack, **goes_on))
+        group = suite.members[0].group
+        members.insert(place, replace(member, name=f"transfer/{kind}", attack=attack, group=group))
+        control.insert(place, replace(member, name=f"control/transfer/{kind}", group="control"))
+    return replace(suite, members=tuple(members), control=tuple(control))
 
 
 def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
