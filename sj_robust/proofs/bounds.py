@@ -565,8 +565,8 @@ def _why_unbounded(n: Neuron) -> str | None:
         return ", whose surrogate does not spike"
     if not n.charging().decay_value >= 0:
         return ", whose decay is negative: give it a tau of 1 or more"
-    for key in ("v_threshold", "v_reset"):
-        value = getattr(n.module, key)
+    given = {"v_threshold": n.module.v_threshold, "v_reset": n.module.v_reset}
+    for key, value in {**given, "initial potential": n.initial}.items():
         if value is None:
             continue
         if torch.as_tensor(value).numel() != 1 or not math.isfinite(value):

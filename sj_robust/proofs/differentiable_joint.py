@@ -76,7 +76,7 @@ class DifferentiableJointRun(JointRun):
         trains.shape = current.low.shape[1:]
         spiking = RealSpiking(neuron, self.layers[name], self.surrogate_width)
         trains.chain_of_all = None
-        if self.over_time.kinds[name] == "constant":
+        if self.has_chain(spiking):
             constant = memory.currents[-1].each(torch.flatten)
             trains.chain_of_all = DifferentiableChain.of(spiking, steps, constant)
         trains.total = steps

@@ -19,7 +19,7 @@ from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.maps import Maps, Trace
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.replay import counts, leaves_of, replayed
-from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
+from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, charge_rounding, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 from sj_robust.proofs.windows import (
@@ -383,10 +383,8 @@ class JointRun(BoundedRun):
         memory.errors += error
         memory.error = max(memory.error, float(error.max()))
         self.changes[name] += self._changes(call, len(error))
-        if self.over_time.kinds[name] == "constant":
+        if self.has_chain(spiking):
             memory.known += self._chain(spiking, memory).steps()
-        if first == 0:
-            spiking.start(x_seq.low[0])
         found = self._bounded(spiking, memory)
         shape = current.low.shape[1:]
         steps = kept_steps(found, shape)[first:]
@@ -410,6 +408,10 @@ class JointRun(BoundedRun):
         trains = memory.trains
         constants = constants_of(spiking, len(memory.currents))
         x = _rows(memory.rounded)
+        errors = torch.stack([error.flatten() for error in memory.errors])
+        if spiking.head_start:
+            constants = replace(constants, gains=(1.0, *constants.gains[1:]))
+            x, errors = _with_head_start(spiking, x, errors)
         check_finite(x, constants)
         currents = Currents(low=x.low, high=x.high)
         if memory.known:
@@ -427,10 +429,9 @@ class JointRun(BoundedRun):
         for name, part in vars(currents).items():
             if part is not None:
                 of_some[name] = part.index_select(1, some)
-        errors = [error.flatten()[some] for error in memory.errors]
         with_sums = Currents(
             **of_some,
-            error=torch.stack(errors),
+            error=errors.index_select(1, some),
             sums_low=sums.low,
             sums_high=sums.high,
         )
@@ -607,8 +608,12 @@ class JointRun(BoundedRun):
         """The same of all windows so far, those of earlier calls among them."""
         memory = self.memories[dynamics.neuron.name]
         listed = memory.trains.windows.listed(len(memory.currents))
-        memory.sums.append(self._sums(dynamics, some, first=first))
-        memory.summed += [(a, t) for a, t in listed if t >= first]
+        new = [(a, t) for a, t in listed if t >= first]
+        sums = self._sums(dynamics, some, first=first)
+        if dynamics.head_start:
+            sums = _from_the_start(dynamics, sums, torch.tensor(new))
+        memory.sums.append(sums)
+        memory.summed += new
         if len(memory.sums) == 1:
             return memory.sums[0]
         every = _together(*memory.sums)
@@ -680,6 +685,11 @@ class JointRun(BoundedRun):
             return in_layout(part.expand(shape), leaf.batch_dim)
 
         return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
+
+    def has_chain(self, dynamics: SpikingBounds) -> bool:
+        """Whether a layer's trains are those of a constant current from rest on."""
+        is_constant = self.over_time.kinds[dynamics.neuron.name] == "constant"
+        return is_constant and not dynamics.head_start
 
     def _chain(self, dynamics: SpikingBounds, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
@@ -860,6 +870,29 @@ def window_weights(dynamics: SpikingBounds, windows: Tensor, steps: int) -> Tens
     inside = (age >= 0) & (number >= first)
     kept = decay ** age.clamp(min=0)
     return inside * kept * torch.stack(gains)
+
+
+def _from_the_start(dynamics: SpikingBounds, sums: Interval, windows: Tensor) -> Interval:
+    """Sums of windows (a, t) with what is left of the potential before the first step."""
+    kept = _as_double(dynamics.charging.decay) ** (windows[:, 1] + 1) * (windows[:, 0] == 0)
+    left = (dynamics.initial - dynamics.rest) * kept.unsqueeze(1).to(sums.low)
+    return Interval(sums.low + left, sums.high + left)
+
+
+def _with_head_start(
+    spiking: Float32Spiking, x: Interval, errors: Tensor
+) -> tuple[Interval, Tensor]:
+    """Currents and their errors, both [T, M], of a neuron that starts at rest and has a gain of 1
+    in the first step, if it charges there what this one does, with what float32 rounds of it.
+    """
+    gain = spiking.gain_at(0)
+    charged = _multiples(errors.new_tensor([gain]), Interval(x.low[:1], x.high[:1]))
+    rounded = charge_rounding(charged.size() + abs(spiking.initial) + abs(spiking.rest))
+    low = charged.low + spiking.head_start - rounded
+    high = charged.high + spiking.head_start + rounded
+    first_error = abs(gain) * errors[:1] + rounded
+    every = Interval(torch.cat([low, x.low[1:]]), torch.cat([high, x.high[1:]]))
+    return every, torch.cat([first_error, errors[1:]])
 
 
 def _with_one_budget(

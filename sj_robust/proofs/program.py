@@ -475,17 +475,15 @@ class Record(TorchFunctionMode):
             raise self.refusal(_changes(name))
         v = neuron.module.v
         call = self._calls[name]
-        rest = neuron.module.v_reset or 0.0
         if call and self._values.get(id(v)) != _State(name, call):
             raise self.refusal(
                 f"the layer {name}, which is reset, or whose state is set, between two calls of "
                 "one forward: use a neuron of its own for each"
             )
         is_constant = not isinstance(v, Tensor) or not self.moves(v)
-        if not call and not (is_constant and bool((torch.as_tensor(v) == rest).all())):
+        if not call and not (is_constant and bool((torch.as_tensor(v) == neuron.initial).all())):
             raise self.refusal(
-                f"the layer {name}, whose v is not v_reset before its first step: set v_reset when "
-                "it is built, and no v in a forward"
+                f"the layer {name}, whose v is set before its first step: set no v in a forward"
             )
         if isinstance(neuron.module, DLIFNode) and neuron.time_step != self._steps[name]:
             raise self.refusal(f"the layer {name}, whose time step is set, between two calls")
