@@ -13,7 +13,6 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Constants
 from sj_robust.proofs._scipy import scipy_module
-from sj_robust.proofs.bounds import by_row, laid_out
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.joint import JointRun, LayerCall, OverTime
 from sj_robust.proofs.maps import Maps
@@ -22,6 +21,7 @@ from sj_robust.proofs.points import Points
 from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.spiking import Float32Spiking
+from sj_robust.proofs.structure import by_row, laid_out
 from sj_robust.proofs.windows import constants_of
 
 __all__ = ["Programs"]

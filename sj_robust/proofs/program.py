@@ -41,6 +41,9 @@ class _State:
     call: int
 
 
+_NO_SHAPE = torch.Size()
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One operation of a program.
@@ -53,6 +56,7 @@ class Operation:
         where: The module in or behind which it stands.
         truth: Whether it gives True and False.
         writes: Whether torch writes the result into the first argument.
+        shape: Of the result, or of its first part.
     """
 
     func: Any
@@ -61,6 +65,7 @@ class Operation:
     where: str = ""
     truth: bool = False
     writes: bool = False
+    shape: torch.Size = _NO_SHAPE
 
     @property
     def values(self) -> list[Value]:
@@ -385,7 +390,7 @@ class Record(TorchFunctionMode):
         if first is None:
             raise self.refusal(f"{name}, a number that depends on the input")
         truth = first.dtype == torch.bool
-        operation = Operation(func, given, named, self._where, truth, bool(written))
+        operation = Operation(func, given, named, self._where, truth, bool(written), first.shape)
         self._add(operation, found)
         return found
 
@@ -462,7 +467,7 @@ class Record(TorchFunctionMode):
             with self.paused():
                 given = self.value_of(x)
                 found = forward(x, *args, **kwargs)
-            self._add(Operation(function, (given,), {}, self._where), found)
+            self._add(Operation(function, (given,), {}, self._where, shape=found.shape), found)
             return found
 
         return called
