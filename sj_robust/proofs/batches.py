@@ -25,7 +25,6 @@ from sj_robust.proofs.soundness import (
     WatchedJointRun,
     WatchedRun,
     check_kept,
-    check_maps,
     check_neurons,
     check_point,
     check_surrogates,
@@ -98,10 +97,11 @@ class BatchProofs:
         self._ball = ball
         self._time_limit = time_limit
         self._device = device_of(model)
-        self._points = Points(model, neurons, ball)
+        self._points = Points(model, ball)
         self._over_time: OverTime | None = None
         self._programs: Programs | None = None
-        maps = Maps(partial(bounded_logits, model), neurons, x[0].to(self._device))
+        self._bounded = partial(bounded_logits, model, programs={})
+        maps = Maps(self._bounded, neurons, x[0].to(self._device))
         self.size = len(x)
         with sums_of_products(self._device), preserved(model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
@@ -109,7 +109,6 @@ class BatchProofs:
             check_neurons(neurons, model.T, images)  # runs neurons that a forward leaves out, too
             self._kept = check_kept(model, images)
             maps.check_samples()
-            check_maps(maps)
             check_surrogates(model.net, neurons, images)
             if method != "ibp":
                 self._over_time = OverTime(maps, model.T)
@@ -138,7 +137,7 @@ class BatchProofs:
             logits = _logits(self._model, images, labels, runs=1)
             wrong = logits.argmax(1) != labels
             run = self._run(len(images), watched=not done)
-            bounds = bounded_logits(self._model, run, images, self._ball)
+            bounds = self._bounded(run, images, self._ball)
             self._apart = run.apart
             lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
@@ -156,8 +155,7 @@ class BatchProofs:
                         x_adv[part] = point
             # layers are looked at in the first batch
             points = islice(self._points.drawn(images), 1 if done else None)
-            slopes = () if done else self._points.along_currents(images)
-            for point in chain(points, self._points.against_lead(images), slopes):
+            for point in chain(points, self._points.against_lead(images)):
                 found = check_point(self._model, run, bounds, point)
                 _check_margins(found, labels, margin, first=done)
             _check_margins(logits, labels, margin, first=done)

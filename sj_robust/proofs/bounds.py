@@ -3,10 +3,7 @@ the logits that it gives.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +11,20 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.broadcast import along
-from sj_robust.core.preserved import other_forward
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
-from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.proofs.moves import EVENTS, Events
-from sj_robust.proofs.program import (
+from sj_robust.proofs.program import Operation, Program, captured, recorded
+from sj_robust.proofs.replay import (
     as_lif,
     counts,
     has_steps,
     leaves_of,
     no_bounds,
-    on_bounds,
     rows_of,
-    spiking_surrogates,
     stepped,
 )
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
+from sj_robust.proofs.rules import step
 from sj_robust.proofs.spiking import (
     Float32Counting,
     Float32Spiking,
@@ -41,11 +36,9 @@ from sj_robust.proofs.spiking import (
 from sj_robust.proofs.values import (
     Bounds,
     Function,
-    HeldPotential,
     Origin,
-    Refusal,
+    bounds_of,
     reshaped,
-    ruled,
 )
 
 __all__ = [
@@ -107,18 +100,6 @@ def pulled_back(
         create_graph=create_graph,
         allow_unused=True,
     )
-
-
-class _HeldStep(int):
-    """The number of a neuron's steps behind a call on bounds, told from an equal one that somebody
-    sets.
-    """
-
-
-def _states(module: Any) -> dict[str, Any]:
-    """What a neuron carries from one call to the next, by name."""
-    names = ("v", "time_step") if isinstance(module, DLIFNode) else ("v",)
-    return {name: getattr(module, name) for name in names}
 
 
 @dataclass
@@ -209,6 +190,9 @@ class BoundedRun:
     narrow = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 
+    program: Program
+    """What runs; set as it begins."""
+
     def __init__(
         self,
         neurons: dict[str, Neuron],
@@ -224,7 +208,6 @@ class BoundedRun:
         self.rounded = not differentiable
         self.surrogate_width = surrogate_width
         self.cut = _Switch()
-        self.refusal = Refusal()
         self.leaves: list[Leaf] = []
         self.laid: list[Layout] = []
         """What every call of :meth:`_layout` gave so far."""
@@ -255,76 +238,18 @@ class BoundedRun:
         self.leaves.append(Leaf(centre, radius, batch_dim))
         return found
 
-    @contextmanager
-    def replacing_neurons(self, net: nn.Module) -> Iterator[None]:
-        """Context in which the neurons of a network give bounds of their spikes for bounds of their
-        currents, and surrogates of others bounds of a step.
-        """
-        with ExitStack() as stack:
-            for neuron in self.neurons.values():
-                stack.enter_context(other_forward(neuron.module, self._spikes_of(neuron)))
-            for surrogate in spiking_surrogates(net):
-                stepped = on_bounds(surrogate.forward)
-                stack.enter_context(other_forward(surrogate, stepped))
-            entered = {name: _states(neuron.module) for name, neuron in self.neurons.items()}
-            try:
-                yield
-                for neuron in self.neurons.values():
-                    self._check_numbers(neuron)
-                if self.refusal.reason:
-                    raise NoBoundsError(self.refusal.reason)
-            finally:
-                self._give_states_back(entered)
-
-    def _check_call(self, neuron: Neuron) -> None:
-        """Raise NoBoundsError if something other than its calls changed a neuron in this run."""
-        self._check_numbers(neuron)
-        layer = self.layers[neuron.name]
-        states = _states(neuron.module)
-        if layer.numbers is None:
-            layer.numbers = self._numbers(neuron)
-            layer.states_before = states
-            if neuron.time_step:
-                raise NoBoundsError(f"the layer {neuron.name}, whose first call is no first step")
-        elif any(states[name] is not held for name, held in layer.held.items()):
-            raise NoBoundsError(
-                f"the layer {neuron.name}, which is reset, or whose state is set, between two "
-                "calls of one forward: use a neuron of its own for each"
-            )
-
-    def _hold(self, neuron: Neuron) -> None:
-        """Put something into a neuron's states by which the next call knows that nobody has."""
-        layer = self.layers[neuron.name]
-        potential = torch.empty(0).as_subclass(HeldPotential)
-        potential.refusal = self.refusal
-        layer.held = {"v": potential}
-        if "time_step" in layer.states_before:
-            layer.held["time_step"] = _HeldStep(layer.steps)
-        for name, held in layer.held.items():
-            setattr(neuron.module, name, held)
-
-    def _check_numbers(self, neuron: Neuron) -> None:
-        """Raise NoBoundsError if a neuron that has run charges, fires or resets differently now."""
-        before = self.layers[neuron.name].numbers
-        if before is not None and before != self._numbers(neuron):
-            raise NoBoundsError(
-                f"the layer {neuron.name}, whose threshold, reset, decay or gain changes within "
-                "one forward: use a neuron of its own for each value"
-            )
-
-    def _numbers(self, neuron: Neuron) -> tuple[Any, ...]:
-        return neuron.numbers(learned=not self.differentiable)
-
-    def _give_states_back(self, entered: dict[str, dict[str, Any]]) -> None:
-        """Let neurons hold what they held before their first call; inside another run on bounds,
-        what that one left in them.
-        """
-        for name, layer in self.layers.items():
-            module = self.neurons[name].module
-            in_another_run = isinstance(entered[name]["v"], HeldPotential)
-            before = entered[name] if in_another_run else layer.states_before
-            for state, value in before.items():
-                setattr(module, state, value)
+    def apply(self, operation: Operation, args: Any, kwargs: Any) -> Any:
+        """Bounds of an operation of the network's program."""
+        func = operation.func
+        try:
+            if isinstance(func, Neuron):
+                return self._spikes_behind(self.neurons[func.name], *args)
+            if isinstance(func, nn.Module):
+                return step(args[0], func.forward)
+            return bounds_of(func, *args, **kwargs)
+        except NoBoundsError as error:
+            error.where = operation.where
+            raise
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """Upper bound of what every class's logit is above the right one's, [N, classes]; the right
@@ -403,22 +328,9 @@ class BoundedRun:
                 todo += [before for before, _ in node.next_functions]
         return [leaf for leaf in self.leaves if leaf.centre.grad_fn in seen]
 
-    def _spikes_of(self, neuron: Neuron) -> Callable[..., Bounds]:
-        """The forward of a neuron on bounds."""
-
-        def forward(x: Any, *args: Any, **kwargs: Any) -> Bounds:
-            with ruled(self):
-                return self._spikes_behind(neuron, x)
-
-        return forward
-
-    def _spikes_behind(self, neuron: Neuron, x: Any) -> Bounds:
+    def _spikes_behind(self, neuron: Neuron, x: Bounds) -> Bounds:
         """What a neuron gives for a current."""
         name = neuron.name
-        if not isinstance(x, Bounds):
-            raise NoBoundsError(
-                f"the layer {name} got {type(x).__name__}, no bounds: something before it lost them"
-            )
         batch_dim = 1 if neuron.module.step_mode == "m" else 0
         if x.ndim <= batch_dim or x.shape[batch_dim] != self.samples:
             raise NoBoundsError(
@@ -428,11 +340,8 @@ class BoundedRun:
             )
         if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
             self.apart[name] = "its current is more than one convolution or linear map"
-        self._check_call(neuron)
         self._reached(x, batch_dim, neuron)
-        found = self._leaf_behind(neuron, x, batch_dim)
-        self._hold(neuron)
-        return found
+        return self._leaf_behind(neuron, x, batch_dim)
 
     def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
         """The spikes of a layer for a current, with which a leaf begins."""
@@ -547,22 +456,30 @@ class BoundedRun:
         """A spiking layer has been called: bounds of what came in and of what goes out."""
 
 
+Programs = dict[torch.Size, Program]
+"""The programs of a network, by the shape of the images."""
+
+
 def bounded_logits(
-    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor | Events
+    model: SpikingClassifier,
+    run: BoundedRun,
+    images: Tensor,
+    eps: float | Tensor | Events,
+    *,
+    programs: Programs | None = None,
 ) -> Bounds:
-    """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
-    images. 输出的上下界。
+    """Bounds of the logits over the ball, from the program of the classifier. 输出的上下界。
 
     Args:
         model: A classifier in evaluation mode.
         run: Where what is found is kept; made from :func:`bounded_neurons`.
         images: Images in [0, 1].
         eps: Linf radius, or one of each image, broadcast; or what may happen to event frames.
+        programs: Programs that are known, to which that of these images is added.
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
     """
-    model.find_convention(images, again=False)  # before anything is replaced
     run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
     if isinstance(eps, EVENTS):
@@ -571,50 +488,40 @@ def bounded_logits(
         lowest = (exact - eps).clamp(min=0)
         highest = (exact + eps).clamp(max=1)
         box = Interval(lowest, highest)
-    entered: list[str] = []
-
-    def enter(module: nn.Module, args: object, *, name: str) -> None:
-        entered.append(name)
-
-    hooks = []
-    for name, module in model.net.named_modules():
-        if name and not list(module.children()):
-            hooks.append(module.register_forward_pre_hook(partial(enter, name=name)))
     try:
+        run.program = _program(model, run, images, {} if programs is None else programs)
         with torch.enable_grad():
             leaf = run.leaf(box, 0)
             if isinstance(eps, EVENTS):
                 leaf.changes = eps.changes(exact, summed=run.differentiable)
                 run.changed = leaf.same()
-            with run.replacing_neurons(model.net):
-                logits = model(leaf)
-            if not isinstance(logits, Bounds):
-                raise NoBoundsError(
-                    "an output that does not depend on the input, or lost its bounds"
-                )
+            logits: Bounds = run.program.run(leaf, run.apply)
     except NoBoundsError as error:
-        raise _unknown(str(error), model, entered) from error
-    except (NotImplementedError, torch.cuda.OutOfMemoryError):
-        raise
-    except _FAILURES as error:
-        if "allocate memory" in str(error):
-            raise
-        what = f"a forward that fails on bounds ({type(error).__name__}: {error})"
-        raise _unknown(what, model, entered) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+        raise _unknown(error, model) from error
     return logits
 
 
-def _unknown(what: str, model: SpikingClassifier, entered: list[str]) -> NotImplementedError:
+def _program(
+    model: SpikingClassifier, run: BoundedRun, images: Tensor, programs: Programs
+) -> Program:
+    """The program of these images; in training that of the present weights, with their graph."""
+    if run.differentiable:
+        found = recorded(model, images, run.neurons)
+        if found.cut:
+            raise NoBoundsError("training of what runs without a graph, as in torch.no_grad()")
+        return found
+    if images.shape not in programs:
+        programs[images.shape] = captured(model, images, run.neurons)
+    return programs[images.shape]
+
+
+def _unknown(error: NoBoundsError, model: SpikingClassifier) -> NotImplementedError:
     """Of what there are no bounds, and where: in or behind the last module that was entered."""
     where = ""
-    if entered:
-        last = entered[-1]
-        kind = type(model.net.get_submodule(last)).__name__
-        where = f" in or behind {last} ({kind})"
-    return NotImplementedError(f"no bounds are known for {what}{where}; there are for {_COVERED}")
+    if error.where:
+        kind = type(model.net.get_submodule(error.where)).__name__
+        where = f" in or behind {error.where} ({kind})"
+    return NotImplementedError(f"no bounds are known for {error}{where}; there are for {_COVERED}")
 
 
 def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
@@ -666,9 +573,6 @@ def _why_unbounded(n: Neuron) -> str | None:
             return f", whose {key} is not one finite number"
     return None
 
-
-_FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
-"""What code raises that was not written for bounds, such as one that asks for a tensor's type."""
 
 _COVERED = (
     "direct encoding or given frames, convolution, linear, batch, layer and group norm, pooling, "

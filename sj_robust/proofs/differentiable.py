@@ -1,7 +1,7 @@
 """Bounds of the logits with gradients, for training."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import cycle
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import EVENTS, Events
-from sj_robust.proofs.soundness import check_kept, check_maps, check_neurons, check_surrogates
+from sj_robust.proofs.soundness import check_kept, check_neurons, check_surrogates
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]
 
@@ -65,8 +65,7 @@ class DifferentiableBounds:
         NotImplementedError: If something in the network has no bounds, or, at the first images, if
             it mixes those of a batch; it is named.
         ValueError: At the first images, if a forward changes a value that the network holds.
-        UnsoundBoundsError: At the first images, if the graph misses a part of the network or a
-            neuron does not follow its charge equation.
+        UnsoundBoundsError: At the first images, if a neuron does not follow its charge equation.
 
     Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
 
@@ -116,27 +115,40 @@ class DifferentiableBounds:
         changed or moved events; those of the labels are 0.
         """
         self.classifier.find_convention(x, again=False)  # before anything is replaced
+        if not self._checked:
+            self._check(x)
         with ExitStack() as stack:
             for name, seen in self._seen.items():
-                module: Any = self.classifier.net.get_submodule(name)
-                stack.enter_context(other_forward(module, _with_statistics(module, cycle(seen))))
+                stack.enter_context(self._given(name, seen))
             stack.enter_context(evaluation_mode(self.classifier))
-            if not self._checked:
-                with full_precision(x.device):
-                    with preserved(self.classifier, "all", hooks=False):
-                        check_kept(self.classifier, x)
-                    maps = Maps(partial(bounded_logits, self.classifier), self._neurons, x[0])
-                    maps.check_samples()
-                    check_maps(maps)
-                    check_neurons(self._neurons, self.classifier.T, x)
-                    check_surrogates(self.classifier.net, self._neurons, x)
-                    if self._method == "joint":
-                        self._over_time = OverTime(maps, self.classifier.T)
-                self._checked = True
             if self._method == "joint" or isinstance(eps, EVENTS):  # made for one precision
                 stack.enter_context(torch.autocast(x.device.type, enabled=False))
             run = self._run(len(x))
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)
+
+    def _given(self, name: str, seen: list[tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
+        """Context in which a batch norm has these statistics, call by call."""
+        module: Any = self.classifier.net.get_submodule(name)
+        return other_forward(module, _with_statistics(module, cycle(seen)))
+
+    def _check(self, x: Tensor) -> None:
+        """Check the network on its first images, and find out how it treats time."""
+        with ExitStack() as stack:
+            for name, seen in self._seen.items():
+                without_graph = [(mean.detach(), variance.detach()) for mean, variance in seen]
+                stack.enter_context(self._given(name, without_graph))
+            stack.enter_context(evaluation_mode(self.classifier))
+            stack.enter_context(full_precision(x.device))
+            with preserved(self.classifier, "all", hooks=False):
+                check_kept(self.classifier, x)
+            bounded = partial(bounded_logits, self.classifier, programs={})
+            maps = Maps(bounded, self._neurons, x[0])
+            maps.check_samples()
+            check_neurons(self._neurons, self.classifier.T, x)
+            check_surrogates(self.classifier.net, self._neurons, x)
+            if self._method == "joint":
+                self._over_time = OverTime(maps, self.classifier.T)
+        self._checked = True
 
     def _run(self, samples: int) -> BoundedRun:
         width = self._surrogate_width

@@ -12,7 +12,7 @@ from sj_robust.ops.trains.reference import Spiking, differentiable_sums
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
 from sj_robust.proofs.joint import JointRun, MappedSums, OverTime, by_step, in_layout
-from sj_robust.proofs.program import counts
+from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
 from sj_robust.proofs.windows import KEPT, SpikeTrains

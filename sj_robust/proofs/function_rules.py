@@ -14,11 +14,11 @@ from sj_robust.proofs.values import (
     Function,
     Rule,
     as_bounds,
+    bounds_of,
     centre_of_either,
     check_dtype,
     check_numbers,
     constant,
-    dispatched,
     interval,
     is_rounded,
     new_leaf,
@@ -47,9 +47,7 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
 
 
 def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
-    """ReLU."""
-    if inplace:
-        raise NoBoundsError("a ReLU that writes into its input: use inplace=False")
+    """ReLU, also if torch writes it into its input."""
     values = interval(x).each(torch.relu)
     return new_leaf(x.run, Function("a ReLU"), [x], values)
 
@@ -102,7 +100,7 @@ def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The largest or smallest value along a dimension, or of two values."""
     name = func.__name__.strip("_")
     is_max = name in ("max", "amax", "maximum")
-    if name in ("maximum", "minimum") or (args and isinstance(args[0], Tensor)):
+    if name in ("maximum", "minimum") or (args and isinstance(args[0], Tensor | Bounds)):
         of_two = torch.maximum if is_max else torch.minimum
         return _extremum_of_two(of_two, x, args[0])
     dim = args[0] if args else kwargs.get("dim")
@@ -114,7 +112,7 @@ def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     by = Function(f"a {name}", along=(dim,))
     found = new_leaf(x.run, by, [x], values)
     if not keepdim:
-        found = dispatched(torch.Tensor.squeeze, found, dim)
+        found = bounds_of(torch.Tensor.squeeze, found, dim)
     without_places = name in ("amax", "amin")
     return found if without_places else _Largest(found, None)
 
@@ -190,7 +188,7 @@ def _layer_norm(
     func: Any, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Bounds:
     """Layer norm: the values of the last dimensions are a group."""
-    group = dispatched(torch.Tensor.flatten, x, -len(shape))
+    group = bounds_of(torch.Tensor.flatten, x, -len(shape))
     found = _normalised(group, "a layer norm", eps, _flat(weight, x), _flat(bias, x))
     return reshaped(found, x.shape)
 
@@ -200,7 +198,7 @@ def _group_norm(
 ) -> Bounds:
     """Group norm: the values of some channels of a sample are a group."""
     values_of_a_group = x.radius[0].numel() // groups
-    group = reshaped(x, torch.Size((len(x), groups, values_of_a_group)))
+    group = reshaped(x, torch.Size((x.shape[0], groups, values_of_a_group)))
     values_of_a_channel = x.radius[0, 0].numel()
 
     def by_group(of_channels: Any) -> Any:
@@ -222,8 +220,8 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
     """Groups [*, n] of values, less their mean and divided by their deviation."""
     like = group.radius
     keepdim = True
-    mean = dispatched(torch.mean, group, -1, keepdim)
-    deviation = dispatched(torch.sub, group, mean)
+    mean = bounds_of(torch.mean, group, -1, keepdim)
+    deviation = bounds_of(torch.sub, group, mean)
     if factor is None:
         factor = like.new_ones(())
     if shift is None:

@@ -18,7 +18,7 @@ from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.maps import Maps, Trace
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.program import counts, leaves_of, replayed
+from sj_robust.proofs.replay import counts, leaves_of, replayed
 from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
@@ -679,8 +679,7 @@ class JointRun(BoundedRun):
         def placed(part: Tensor) -> Tensor:
             return in_layout(part.expand(shape), leaf.batch_dim)
 
-        with torch._C.DisableTorchFunctionSubclass():
-            return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
+        return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
 
     def _chain(self, dynamics: SpikingBounds, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""

@@ -19,7 +19,7 @@ from sj_robust.proofs.joint import JointRun, LayerCall, OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.points import Points
-from sj_robust.proofs.program import counts
+from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.spiking import Float32Spiking
 from sj_robust.proofs.windows import constants_of

@@ -19,7 +19,7 @@ from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun, bounded_logits
-from sj_robust.proofs.program import leaves_of
+from sj_robust.proofs.replay import leaves_of
 from sj_robust.proofs.rounding import (
     LEAST_SHARE,
     charge_rounding,

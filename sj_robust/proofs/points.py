@@ -1,15 +1,11 @@
 """Points of a ball that are tried on the network itself."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sj_robust.core.host import first_argument
-from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.moves import EVENTS, Events
 
 __all__ = ["Points"]
@@ -25,12 +21,10 @@ class Points:
 
     Attributes:
         logits: The network that runs, images to logits.
-        neurons: Its spiking layers by name.
         eps: Linf radius, or what may happen to event frames.
     """
 
     logits: Callable[[Tensor], Tensor]
-    neurons: dict[str, Neuron]
     eps: float | Events
 
     def broken(self, image: Tensor, label: Tensor) -> Tensor | None:
@@ -87,29 +81,6 @@ class Points:
         for slope in _slopes(lead, images):
             yield self.lowest(images, slope)
 
-    def along_currents(self, images: Tensor) -> Iterator[Tensor]:
-        """For one neuron in the first and one in the last call of every spiking layer, the corners
-        to which its current falls and rises; none where there is no gradient.
-
-        In a random corner the parts of such a sum cancel one another.
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def currents(points: Tensor) -> list[Tensor]:
-            found: list[Tensor] = []
-            with _noted_currents(self.neurons.values()) as noted:
-                self.logits(points)
-            for calls in noted:
-                first_and_last = calls if len(calls) < 2 else [calls[0], calls[-1]]
-                for rows in first_and_last:
-                    number = torch.randint(rows.shape[1], (1,), generator=generator)
-                    found.append(rows[:, int(number)].sum())
-            return found
-
-        for slope in _slopes(currents, images):
-            yield self.lowest(images, slope)
-            yield self.lowest(images, -slope)
-
     def lowest(self, image: Tensor, weights: Tensor) -> Tensor:
         """The points [R, *] of the balls of images [R, *], or of one, whose sums with weights are
         least.
@@ -149,26 +120,6 @@ def _slopes(values: Callable[[Tensor], list[Tensor]], images: Tensor) -> Iterato
         raise
     except RuntimeError:
         return
-
-
-@contextmanager
-def _noted_currents(neurons: Iterable[Neuron]) -> Iterator[list[list[Tensor]]]:
-    """Context in which the currents of spiking layers are noted, call by call, as [N, values]."""
-    noted: list[list[Tensor]] = []
-    with ExitStack() as stack:
-        for neuron in neurons:
-            calls: list[Tensor] = []
-            noted.append(calls)
-
-            def note(
-                module: Any, args: Any, kwargs: dict[str, Any], calls: list[Tensor] = calls
-            ) -> None:
-                x = first_argument(args, kwargs)
-                calls.append(x.movedim(1 if module.step_mode == "m" else 0, 0).flatten(1))
-
-            hook = neuron.module.register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(hook.remove)
-        yield noted
 
 
 def inside_ball(images: Tensor, points: Tensor, eps: float) -> Tensor:

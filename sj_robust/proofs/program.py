@@ -1,291 +1,583 @@
-"""What runs on bounds: neurons and surrogates that do, and the calls behind bounds, which can run
-again.
+"""A network's forward as a program: the operations of a plain run, recorded, so that what is
+bounded is what runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sj_robust.core.host import lif_multi_step, surrogate
-from sj_robust.neuron.charging import Charging, Neuron, class_of, emits_spikes, is_neuron
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.core.host import functional
+from sj_robust.core.preserved import other_forward, same
+from sj_robust.neuron.charging import Neuron
+from sj_robust.neuron.dlif import DLIFNode
+from sj_robust.proofs.replay import spiking_surrogates
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rules import moved, step
-from sj_robust.proofs.values import Bounds, Call, Origin, ruled
+from sj_robust.proofs.rules import ASKED, MAY_WRITE, RULES
 
-__all__ = [
-    "NO_BOUNDS",
-    "OPEN",
-    "as_lif",
-    "counts",
-    "has_steps",
-    "leaves_of",
-    "no_bounds",
-    "on_bounds",
-    "replayed",
-    "rows_of",
-    "spiking_surrogates",
-    "stepped",
-]
-
-_Surrogate: Any = surrogate.SurrogateFunctionBase
-
-OPEN = ["PSN", "MaskedPSN", "SlidingPSN", "KLIFNode", "GatedLIFNode", "CUBALIFNode"]
-"""Neurons whose own code runs on bounds, operation by operation: linear maps, products, and a step
-of their surrogate.
-"""
-
-_LIKE_LIF = ["OTTTLIFNode", "SLTTLIFNode", "save_v_LIFNode", "ILIFNode"]
-"""Neurons that charge as LIF does in evaluation mode."""
-
-NO_BOUNDS = {
-    "AdaptBaseNode": "its spikes change a second state, which adapts its later current",
-    "NoisyBaseNode": "it draws noise in every time step",
-    "NoisyNonSpikingBaseNode": "it draws noise in every time step",
-    "KLIFNode": "its reset is a TorchScript function, which supports no bounds",
-    "QIFNode": "its charge depends on the square of its potential",
-    "EIFNode": "its charge depends on an exponential of its potential",
-    "ComplementaryLIFNode": "its second state is driven by its spikes, and resets the first one",
-    "LIAFNode": "it emits an analogue function of its potential",
-    "RAFNode": "its potential oscillates, with two states that reset together",
-    "MPBNBaseNode": "it normalises its potential before it fires",
-    "TernaryIFNode": "its spikes have signs",
-    "TernaryLIFNode": "its spikes have signs",
-    "DSRIFNode": "it emits a mean rate that is rounded, not spikes",
-    "DSRLIFNode": "it emits a weighted rate that is rounded, not spikes",
-    "FewSpikeNode": "its thresholds and weights follow a table of steps",
-    "STBIFNode": "it fires by the spikes that it has emitted so far",
-}
-"""Why neurons of a class, or of one that derives from it, have no bounds, by name of the class."""
+__all__ = ["Operation", "Program", "Record", "Value", "captured", "plain", "recorded"]
 
 
-def as_lif(name: str, module: Any) -> Neuron | None:
-    """A neuron that charges as LIF does in evaluation mode; None for another one. 视为 LIF。
+@dataclass(frozen=True)
+class Value:
+    """A value of a program: the result of an operation, or one of several; -1 is the input."""
 
-    Examples:
-        >>> as_lif("0", nn.ReLU()) is None
-        True
+    operation: int
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """The potential of a neuron behind a call, which the forward must not read."""
+
+    neuron: str
+    call: int
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation of a program.
+
+    Attributes:
+        func: Torch's function, or a surrogate, or a spiking layer.
+        args: Its arguments, with :class:`Value` for those that depend on the input and copies of
+            the others.
+        kwargs: Likewise.
+        where: The module in or behind which it stands.
+        truth: Whether it gives True and False.
+        writes: Whether torch writes the result into the first argument.
     """
-    if class_of(module, lambda kind: kind.__name__ in _LIKE_LIF) is None or not is_neuron(module):
-        return None
-    return Neuron(name, module, partial(_charging, module), known=True)
 
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    where: str = ""
+    truth: bool = False
+    writes: bool = False
 
-def counts(neuron: Neuron) -> int | None:
-    """The largest spike of a neuron that emits integers; None if it emits 0 and 1. 最大脉冲数。"""
-    if class_of(neuron.module, lambda kind: kind.__name__ == "ILIFNode") is None:
-        return None
-    return int(neuron.module.surrogate_function.max_spike_count)
+    @property
+    def values(self) -> list[Value]:
+        """Those that it takes."""
+        return list(_among((self.args, self.kwargs), Value))
 
-
-def no_bounds(module: nn.Module) -> str | None:
-    """Why a neuron has no bounds, if the reason is known. 没有上下界的原因。
-
-    Examples:
-        >>> from spikingjelly.activation_based import neuron
-        >>> no_bounds(neuron.QIFNode())
-        'its charge depends on the square of its potential'
-    """
-    names = [cls.__name__ for cls in type(module).__mro__]
-    return next((NO_BOUNDS[name] for name in names if name in NO_BOUNDS), None)
-
-
-def spiking_surrogates(net: nn.Module) -> list[Any]:
-    """Surrogates of a network that spike, each once. 网络中的替代函数。"""
-    surrogates = [part for part in net.modules() if isinstance(part, _Surrogate)]
-    return [part for part in surrogates if part.spiking]
-
-
-def stepped(module: nn.Module) -> bool:
-    """Whether a neuron's own code runs on bounds. 神经元代码可直接在上下界上运行。"""
-    function = getattr(module, "surrogate_function", None)
-    spikes = isinstance(function, _Surrogate) and function.spiking
-    plain = lif_multi_step is not None  # the older release's neurons run scripts of torch
-    is_open = class_of(module, lambda kind: kind.__name__ in OPEN) is not None
-    return plain and is_open and emits_spikes(module) and spikes
-
-
-def has_steps(net: nn.Module) -> bool:
-    """Whether a network without neurons has something that bounds are known of: a surrogate that
-    spikes, or a ReLU. 是否含有阶跃或 ReLU。
-    """
-    rectifies = any(isinstance(part, nn.ReLU) for part in net.modules())
-    return bool(spiking_surrogates(net)) or rectifies
-
-
-def on_bounds(original: Any) -> Any:
-    """The forward of a surrogate on bounds, and on anything else what it was."""
-
-    def forward(x: Any) -> Any:
-        if not isinstance(x, Bounds):
-            return original(x)
-        with ruled(x.run):
-            return step(x, original)
-
-    return forward
-
-
-def _charging(module: Any) -> Charging:
-    share = 1.0 / module.tau
-    return Charging(1.0 - share, share if module.decay_input else 1.0)
-
-
-def replayed(origin: Origin, leaves: Mapping[int, Bounds]) -> Bounds:
-    """What the calls behind bounds give for other leaves of the same shapes. 以其他叶子重算上下界。
-
-    Args:
-        origin: Where the bounds come from.
-        leaves: Bounds by number of the leaf.
-
-    Examples:
-        >>> x = Bounds(torch.ones(2).double(), torch.zeros(2).double())
-        >>> x.origin = Origin(leaf=0)
-        >>> y = 3 * x + 1
-        >>> other = Bounds(torch.zeros(2).double(), torch.ones(2).double())
-        >>> again = replayed(y.origin, {0: other})
-        >>> again.centre.tolist(), again.radius.tolist()
-        ([1.0, 1.0], [3.0, 3.0])
-    """
-    with torch._C.DisableTorchFunctionSubclass():
-        walk = _Walk(
-            of_leaf=leaves.__getitem__,
-            of_call=lambda call, args: call.rule(call.func, *args, **call.kwargs),
+    def alike(self, other: "Operation") -> bool:
+        """Whether another one does the same, constants compared by value."""
+        return (
+            self.func == other.func
+            and _alike(self.args, other.args)
+            and _alike(self.kwargs, other.kwargs)
+            and self.truth == other.truth
         )
-        found: Bounds = walk.value_of(origin)
-    return found
 
 
-def rows_of(origin: Origin | None, leaves: Callable[[int], Tensor]) -> Tensor:
-    """The number of the sample to which each element of bounds belongs. 每个元素所属的样本。
+Apply = Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]
+"""What an operation gives for its arguments, with values in the place of :class:`Value`."""
+
+
+class Program:
+    """Operations in their order, and which value is the output.
 
     Args:
-        origin: Where the bounds come from.
-        leaves: The same for a leaf, by its number.
-
-    Examples:
-        >>> x = Bounds(torch.ones(2, 3).double(), torch.zeros(2, 3).double())
-        >>> x.origin = Origin(leaf=0)
-        >>> rows_of((3 * x.transpose(0, 1)).origin, lambda _: torch.tensor([[0] * 3, [1] * 3]))
-        tensor([[0, 1],
-                [0, 1],
-                [0, 1]])
+        operations: The operations.
+        output: What they are for.
+        cut: Whether autograd does not see all of them: one is a ``detach``, or runs under
+            ``no_grad`` where the caller has gradients on.
     """
-    walk = _Walk(of_leaf=leaves, of_call=_rows_behind, of_part=_spread)
-    found: Tensor = walk.value_of(origin)
+
+    def __init__(self, operations: list[Operation], output: Value, *, cut: bool) -> None:
+        """See the class."""
+        self.operations = operations
+        self.output = output
+        self.cut = cut
+        self._needed = _needed(operations, output)
+        last: dict[int, int] = {}
+        for number in self._needed:
+            for value in operations[number].values:
+                last[value.operation] = number
+        last.pop(output.operation, None)
+        self._done: dict[int, list[int]] = {}
+        for source, number in last.items():
+            self._done.setdefault(number, []).append(source)
+
+    def run(self, x: Any, apply: Apply) -> Any:
+        """The output for another kind of input, each operation as ``apply`` says."""
+        made = {-1: x}
+
+        def given(value: Any) -> Any:
+            if not isinstance(value, Value):
+                return value
+            found = made[value.operation]
+            return found if value.part is None else found[value.part]
+
+        for number in self._needed:
+            operation = self.operations[number]
+            args = mapped(operation.args, given)
+            made[number] = apply(operation, args, mapped(operation.kwargs, given))
+            for done in self._done.get(number, ()):
+                del made[done]
+        return given(self.output)
+
+    def alike(self, other: "Program") -> bool:
+        """Whether another program does the same."""
+        return (
+            self.output == other.output
+            and len(self.operations) == len(other.operations)
+            and all(map(Operation.alike, self.operations, other.operations))
+        )
+
+
+def plain(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation gives for tensors. 在张量上执行一个运算。"""
+    func = operation.func
+    if isinstance(func, Neuron):
+        return func.module.forward(*args)
+    if isinstance(func, nn.Module):
+        return func.forward(*args)
+    if operation.writes:
+        args = (args[0].clone(), *args[1:])
+    return func(*args, **kwargs)
+
+
+def _needed(operations: list[Operation], output: Value) -> list[int]:
+    """Numbers of the operations that the output may depend on; spiking layers run on."""
+    needed = {output.operation}
+    for number in reversed(range(len(operations))):
+        operation = operations[number]
+        if number in needed or isinstance(operation.func, Neuron):
+            needed.add(number)
+            needed |= {value.operation for value in operation.values}
+    return sorted(needed - {-1})
+
+
+def captured(model: SpikingClassifier, images: Tensor, neurons: dict[str, Neuron]) -> Program:
+    """The program of a network for so many images, whatever is in them. 捕获网络的前向程序。
+
+    It is recorded twice: without a graph on the images, as the network runs where it is used, and
+    with one on random images. Both must be the same program, so that neither a value of the images
+    nor whether gradients are on decides what is computed.
+
+    Raises:
+        NoBoundsError: If the forward does something that is not recorded, or two programs.
+    """
+    model.find_convention(images, again=False)  # by forwards of which nothing is recorded
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images)
+    with torch.no_grad():
+        first = Record(images, neurons)
+        found = first.program(model, model.net)
+    with torch.enable_grad():
+        again = Record(drawn, neurons, first=first).program(model, model.net)
+    if not found.alike(again):
+        raise NoBoundsError(
+            "a forward that computes something else where gradients are on, or for other images"
+        )
     return found
 
 
-class _Walk:
-    """Values for origins, from those of their leaves up; every call is made once.
+def recorded(model: SpikingClassifier, images: Tensor, neurons: dict[str, Neuron]) -> Program:
+    """The program of one run for training, whose constants are the network's own tensors with
+    their graph.
+    """
+    model.find_convention(images, again=False)
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        return Record(images, neurons, live=True).program(model, model.net)
 
-    It is a class because a nested function that calls itself would be a cycle, and would keep all
-    that the calls made until Python looks for cycles.
+
+_IDENTITIES = ("detach", "detach_", "requires_grad_")
+"""Methods whose result has the values of their tensor."""
+
+_SETTINGS: tuple[str, ...] = ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
+_SETTINGS += ("is_leaf", "grad_fn", "names", "nbytes", "itemsize", "is_cuda", "is_cpu", "is_mps")
+_SETTINGS += ("is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_xla")
+"""Attributes of a tensor that do not depend on its values."""
+
+
+class Record(TorchFunctionMode):
+    """Records the operations on what depends on the input.
+
+    A tensor of the forward is the input, what a recorded operation gave, or a constant: what a
+    function without the input gave, or a tensor that was there before, which is one that the first
+    of two runs met as well and that was kept since. Any other one is of unknown origin. A refusal
+    is kept, so that a forward that goes on is refused all the same.
     """
 
     def __init__(
         self,
+        x: Tensor,
+        neurons: dict[str, Neuron],
         *,
-        of_leaf: Callable[[int], Any],
-        of_call: Callable[[Call, Any], Any],
-        of_part: Callable[[Any, Origin], Any] = lambda found, _: found,
+        live: bool = False,
+        first: "Record | None" = None,
     ) -> None:
-        """Nothing is made yet.
+        """Nothing is recorded yet.
 
         Args:
-            of_leaf: The value of a leaf, by its number.
-            of_call: The value of a call, from the call and the values of its arguments.
-            of_part: The value of an origin, from that of its part of a call and the origin.
+            x: The input.
+            neurons: Spiking layers by name, each of whose calls is one operation.
+            live: Whether constants are the tensors themselves, not copies.
+            first: The first of two runs.
         """
-        self._of_leaf = of_leaf
-        self._of_call = of_call
-        self._of_part = of_part
-        self._made: dict[Call, Any] = {}
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.refused: NoBoundsError | None = None
+        self.pauses = 0
+        """Calls in progress of which nothing is recorded."""
+        self.cut = False
+        self._x = x.detach().clone()
+        self._live = live
+        self._neurons = neurons
+        self._graph = torch.is_grad_enabled()
+        self._where = ""
+        self._alive: list[Tensor] = []  # so that no address stands for two
+        self._values: dict[int, Value | _State] = {}
+        self._known: set[int] = set()
+        self._moving: dict[int, list[Tensor]] = {}
+        """Tensors that depend on the input, by their memory."""
+        self._numbers: dict[str, Any] = {}
+        self._calls = dict.fromkeys(neurons, 0)
+        self._steps = dict.fromkeys(neurons, 0)
+        self._first = first
+        self.unknown: list[Tensor] = []
+        """Constants that nothing recorded gave."""
+        for one in () if first is None else first.unknown:
+            self._know(one)
+        self._note(self._x, Value(-1))
+
+    def program(self, function: Callable[[Tensor], Tensor], net: nn.Module) -> Program:
+        """The program of a function of the input, which runs once, and has a network in it."""
+        with ExitStack() as stack:
+            for name, module in net.named_modules():
+                if name and not list(module.children()):
+                    entered = partial(self.entered, name=name)
+                    stack.callback(module.register_forward_pre_hook(entered).remove)
+            for neuron in self._neurons.values():
+                forward = self.of_neuron(neuron, neuron.module.forward)
+                stack.enter_context(other_forward(neuron.module, forward))
+            for surrogate in spiking_surrogates(net):
+                forward = self.of_surrogate(surrogate, surrogate.forward)
+                stack.enter_context(other_forward(surrogate, forward))
+            stack.callback(functional.reset_net, net)
+            stack.enter_context(_Guard(self))
+            stack.enter_context(self)
+            try:
+                output = function(self._x)
+            except Exception:
+                if self.refused is None:
+                    raise
+        if self.refused is None:
+            self.check_numbers()
+        if self.refused is not None:
+            raise self.refused
+        found = self.value_of(output)
+        if not isinstance(found, Value):
+            raise NoBoundsError("an output that does not depend on the input")
+        return Program(self.operations, found, cut=self.cut)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context in which nothing is recorded."""
+        self.pauses += 1
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._live):
+                yield
+        finally:
+            self.pauses -= 1
+
+    def entered(self, module: nn.Module, args: object, *, name: str) -> None:
+        """A module begins."""
+        self._where = name
+
+    def refusal(self, what: str) -> NoBoundsError:
+        """The error, which is kept."""
+        error = NoBoundsError(what)
+        error.where = self._where
+        self.refused = self.refused or error
+        return error
+
+    def moves(self, value: Tensor) -> bool:
+        """Whether a tensor depends on the input, or lies where one does."""
+        return id(value) in self._values or _memory(value) in self._moving
 
     def value_of(self, value: Any) -> Any:
-        """An argument of a call, with values in the place of origins."""
-        if type(value) in (tuple, list):
-            return type(value)(map(self.value_of, value))
-        if not isinstance(value, Origin):
+        """What stands for an argument."""
+        if not isinstance(value, Tensor):
             return value
-        if value.leaf is not None:
-            return self._of_leaf(value.leaf)
-        call = value.call
-        assert call is not None
-        if call not in self._made:
-            self._made[call] = self._of_call(call, self.value_of(call.args))
-        made = self._made[call]
-        return self._of_part(made if value.part is None else made[value.part], value)
+        found = self._values.get(id(value))
+        if isinstance(found, _State):
+            raise self.refusal("a forward that reads a neuron's potential v")
+        if found is not None:
+            if value.dtype not in (self._x.dtype, torch.bool):
+                raise self.refusal(
+                    f"a conversion to {value.dtype}: bounds are those of {self._x.dtype}"
+                )
+            return found
+        memory = _memory(value)
+        if memory in self._moving:
+            raise self.refusal("a view of values of the input that no recorded operation gave")
+        if memory not in self._known:
+            if self._first is not None:
+                raise self.refusal("a tensor of unknown origin, made where nothing is recorded")
+            self.unknown.append(value)
+        if self._live:
+            return value
+        # torch multiplies otherwise where a factor has a gradient
+        return value.detach().clone().requires_grad_(value.requires_grad)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.pauses:
+            return func(*args, **kwargs)
+        name = func.__name__
+        with torch._C.DisableTorchFunction():
+            tensors = list(_among((args, kwargs), Tensor))
+            moving = any(map(self.moves, tensors))
+        if not moving:
+            with torch._C.DisableTorchFunction():
+                found = func(*args, **kwargs)
+                for tensor in _among(found, Tensor):
+                    self._know(tensor)
+            return found
+        rule = RULES.get(name.strip("_"))
+        attribute = func.__self__.__name__ if name == "__get__" else ""
+        if attribute in _SETTINGS or (rule is ASKED and not attribute):
+            with self.paused():
+                found = func(*args, **kwargs)
+                for tensor in _among(found, Tensor):
+                    self._know(tensor)
+            return found
+        if name in _IDENTITIES and id(args[0]) in self._values:
+            with self.paused():
+                found = func(*args, **kwargs)
+            value = self._values[id(args[0])]
+            self.cut |= self._graph and name != "requires_grad_" and isinstance(value, Value)
+            self._note(found, value)
+            return found
+        if name in _NUMBERS:
+            raise self.refusal(f"{name}, a number that depends on the input")
+        if rule is None or attribute:
+            raise self.refusal(f"the operation {attribute or name}")
+        return self._recorded(func, args, kwargs, tensors)
+
+    def _recorded(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """What a function gives, which is recorded."""
+        with torch._C.DisableTorchFunction():
+            given = mapped(args, self.value_of)
+            named = mapped(kwargs, self.value_of)
+            versions = [tensor._version for tensor in tensors]
+        with self.paused():
+            found = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            written = [
+                one for one, before in zip(tensors, versions, strict=True) if one._version != before
+            ]
+        name = func.__name__.strip("_")
+        if any(one is not found for one in written) or (written and name not in MAY_WRITE):
+            raise self.refusal(f"{func.__name__}, which writes into a tensor: write x = f(x)")
+        named.pop("inplace", None)
+        first = next(_among(found, Tensor), None)
+        if first is None:
+            raise self.refusal(f"{name}, a number that depends on the input")
+        truth = first.dtype == torch.bool
+        operation = Operation(func, given, named, self._where, truth, bool(written))
+        self._add(operation, found)
+        return found
+
+    def _add(self, operation: Operation, found: Any) -> None:
+        """An operation, and the tensors that it gave."""
+        self.cut |= self._graph and not torch.is_grad_enabled()
+        number = len(self.operations)
+        self.operations.append(operation)
+        if not isinstance(found, Tensor):
+            for part, one in enumerate(found):
+                if isinstance(one, Tensor):
+                    self._note(one, Value(number, part))
+            return
+        self._note(found, Value(number))
+        if operation.writes:
+            for other in self._moving[_memory(found)]:
+                if other is not found:
+                    self._note(other, self._seen(other, found))
+
+    def _seen(self, x: Tensor, written: Tensor) -> Value:
+        """What a tensor holds after another one that may share some of its memory was written to:
+        elements of what it held and of what was written.
+        """
+        new, before = self._values[id(written)], self._values[id(x)]
+        if isinstance(new, _State) or isinstance(before, _State):
+            raise self.refusal("a write into memory of a neuron's potential")
+        own, others = _places(x), _places(written)
+        if own.shape == others.shape and torch.equal(own, others):
+            return new
+        place = torch.full((int(max(own.max(), others.max())) + 1,), -1)
+        place[others.flatten()] = own.numel() + torch.arange(others.numel())
+        index = place[own]
+        index = torch.where(index < 0, torch.arange(own.numel()).view(own.shape), index)
+        flat = [self._made(Tensor.flatten, value) for value in (before, new)]
+        joined = self._made(torch.cat, flat)
+        return self._made(Tensor.__getitem__, joined, index)
+
+    def _made(self, func: Any, *args: Any) -> Value:
+        """The value of an operation that the forward does not call."""
+        self.operations.append(Operation(func, args, {}, self._where))
+        return Value(len(self.operations) - 1)
+
+    def of_neuron(self, neuron: Neuron, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a spiking layer, each call of which is one operation."""
+
+        def called(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.pauses:
+                return forward(x, *args, **kwargs)
+            name = neuron.name
+            with self.paused():
+                given = self.value_of(x)
+                if not isinstance(given, Value):
+                    raise self.refusal(
+                        f"the layer {name} got no bounds: what reaches it does not depend on the "
+                        "input"
+                    )
+                self._check_states(neuron)
+                found = forward(x, *args, **kwargs)
+            self._add(Operation(neuron, (given,), {}, self._where), found)
+            self._calls[name] += 1
+            self._steps[name] += len(x) if neuron.module.step_mode == "m" else 1
+            if isinstance(neuron.module.v, Tensor):
+                self._note(neuron.module.v, _State(name, self._calls[name]))
+            return found
+
+        return called
+
+    def of_surrogate(self, function: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a surrogate outside of spiking layers, likewise."""
+
+        def called(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.pauses or not self.moves(x):
+                return forward(x, *args, **kwargs)
+            with self.paused():
+                given = self.value_of(x)
+                found = forward(x, *args, **kwargs)
+            self._add(Operation(function, (given,), {}, self._where), found)
+            return found
+
+        return called
+
+    def _check_states(self, neuron: Neuron) -> None:
+        """Raise NoBoundsError if something other than its calls changed a neuron in this run."""
+        name = neuron.name
+        numbers = neuron.numbers(learned=not self._live)
+        if self._numbers.setdefault(name, numbers) != numbers:
+            raise self.refusal(_changes(name))
+        v = neuron.module.v
+        call = self._calls[name]
+        rest = neuron.module.v_reset or 0.0
+        if call and self._values.get(id(v)) != _State(name, call):
+            raise self.refusal(
+                f"the layer {name}, which is reset, or whose state is set, between two calls of "
+                "one forward: use a neuron of its own for each"
+            )
+        is_constant = not isinstance(v, Tensor) or not self.moves(v)
+        if not call and not (is_constant and bool((torch.as_tensor(v) == rest).all())):
+            raise self.refusal(
+                f"the layer {name}, whose v is not v_reset before its first step: set v_reset when "
+                "it is built, and no v in a forward"
+            )
+        if isinstance(neuron.module, DLIFNode) and neuron.time_step != self._steps[name]:
+            raise self.refusal(f"the layer {name}, whose time step is set, between two calls")
+
+    def check_numbers(self) -> None:
+        """Refuse a neuron that has run and charges, fires or resets differently now."""
+        for name, numbers in self._numbers.items():
+            if numbers != self._neurons[name].numbers(learned=not self._live):
+                self.refusal(_changes(name))
+
+    def _know(self, tensor: Tensor) -> None:
+        """A constant."""
+        self._alive.append(tensor)
+        self._known.add(_memory(tensor))
+
+    def _note(self, tensor: Tensor, value: Value | _State) -> None:
+        """What depends on the input."""
+        self._alive.append(tensor)
+        if id(tensor) not in self._values:
+            self._moving.setdefault(_memory(tensor), []).append(tensor)
+        self._values[id(tensor)] = value
 
 
-def _rows_behind(call: Call, args: Any) -> Any:
-    """Samples of the results of a call, for those of its arguments."""
-    name = call.func.__name__.strip("_")
-    if call.rule is moved:
-        func = torch.Tensor.reshape if name == "view" else call.func
-        if isinstance(args[0], list | tuple):
-            args = (_beside(args, call), *args[1:])
-        return func(*args, **call.kwargs)
-    first = _first_rows(args, call.args)
-    if name in ("mean", "sum"):
-        dim = [*args[1:], call.kwargs.get("dim")][0]
-        keepdim = call.kwargs.get("keepdim", args[2] if len(args) > 2 else False)
-        dims = tuple(range(first.ndim)) if dim is None else dim
-        return first.amax(dims, keepdim)
-    return first
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Refuses what reaches torch's dispatcher with values of the input and is not recorded."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self._record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._record.pauses and any(
+            map(self._record.moves, _among((args, kwargs or {}), Tensor))
+        ):
+            raise self._record.refusal(f"{func}, which is called around what is recorded")
+        return func(*args, **(kwargs or {}))
 
 
-def _beside(args: Any, call: Call) -> list[Tensor]:
-    """What is joined, with constants as of the samples that they stand beside."""
-    parts, origins = args[0], call.args[0]
-    dim = call.kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    like = _first_rows(parts, origins)
-    found = []
-    for part, origin in zip(parts, origins, strict=True):
-        if isinstance(origin, Origin):
-            found.append(part)
-        elif part.shape == like.shape:
-            found.append(like)
-        elif like.numel():
-            found.append(like.narrow(dim, 0, 1).expand(part.shape))
-        else:
-            raise NoBoundsError("joining a constant with an empty part, such as s[:-1] at T = 1")
-    return found
+_NUMBERS = ("__float__", "__int__", "__bool__", "__index__", "item", "tolist", "numpy")
 
 
-def _first_rows(args: Any, origins: Any) -> Tensor:
-    """Of the first argument that is bounds and has most dimensions."""
-    some = [one for one, origin in zip(args, origins, strict=True) if isinstance(origin, Origin)]
-    found: Tensor = max(some, key=lambda one: one.ndim)
-    return found
+def _changes(name: str) -> str:
+    return (
+        f"the layer {name}, whose threshold, reset, decay or gain changes within one forward: use "
+        "a neuron of its own for each value"
+    )
 
 
-def _spread(rows: Tensor, origin: Origin) -> Tensor:
-    """Samples of the elements of a result, in which a dimension may have another size."""
-    shape = origin.shape
-    assert shape is not None
-    if rows.ndim == len(shape):
-        for dim, size in enumerate(shape):
-            if rows.shape[dim] != size:
-                rows = rows.narrow(dim, 0, 1)
-    return rows.expand(shape)
+def _memory(tensor: Tensor) -> int:
+    """The address of a tensor's storage; its own if it has none."""
+    with torch._C.DisableTorchFunction():
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # sparse, or of a subclass
+            return id(tensor)
 
 
-def leaves_of(origin: Origin | None) -> set[int]:
-    """Numbers of the leaves that bounds depend on."""
-    found: set[int] = set()
-    seen: set[int] = set()
-    waiting: list[Any] = [origin]
-    while waiting:
-        value = waiting.pop()
-        if type(value) in (tuple, list):
-            waiting += value
-        elif isinstance(value, Origin):
-            if value.leaf is not None:
-                found.add(value.leaf)
-            elif id(value.call) not in seen:
-                assert value.call is not None
-                seen.add(id(value.call))
-                waiting.append(value.call.args)
-    return found
+def _places(tensor: Tensor) -> Tensor:
+    """Where the elements lie in their storage."""
+    offset = int(tensor.storage_offset())
+    size = offset + 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        size += (length - 1) * stride
+    return torch.arange(size).as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Arguments with each part through a function."""
+    if type(value) in (tuple, list):
+        return type(value)(mapped(part, function) for part in value)
+    if type(value) is dict:
+        return {key: mapped(part, function) for key, part in value.items()}
+    return function(value)
+
+
+def _among(value: Any, kind: type) -> Iterator[Any]:
+    """Parts of arguments or results that are of a kind."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _among(part, kind)
+    elif isinstance(value, dict):
+        yield from _among(list(value.values()), kind)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and same(a, b)
+    if type(a) in (tuple, list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_alike, a, b))
+    if type(a) is dict:
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    return type(a) is type(b) and bool(a == b)

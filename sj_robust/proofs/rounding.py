@@ -47,6 +47,9 @@ FLOAT64_GAP = 1e-9
 class NoBoundsError(NotImplementedError):
     """An operation of the network of which no bounds are known. 无法给出上下界的运算。"""
 
+    where = ""
+    """Name of the module in or behind which it stands, if that is known."""
+
 
 def gamma(terms: int) -> float:
     """Relative error of a float32 sum of so many products, in any order."""

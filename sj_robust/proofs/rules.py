@@ -19,6 +19,7 @@ from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.function_rules import step
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 from sj_robust.proofs.values import (
+    MAY_WRITE,
     ON_TRUTH,
     RULES,
     Bounds,
@@ -27,11 +28,11 @@ from sj_robust.proofs.values import (
     Rule,
     Run,
     as_bounds,
+    bounds_of,
     centre_of_either,
     check_dtype,
     check_numbers,
     constant,
-    dispatched,
     interval,
     is_rounded,
     is_truth,
@@ -40,7 +41,17 @@ from sj_robust.proofs.values import (
     size_of_constant,
 )
 
-__all__ = ["NONLINEAR", "RULES", "Bounds", "Function", "Pooling", "Run", "moved", "step"]
+__all__ = [
+    "ASKED",
+    "MAY_WRITE",
+    "RULES",
+    "Bounds",
+    "Function",
+    "Pooling",
+    "Run",
+    "moved",
+    "step",
+]
 
 
 def _affine(
@@ -185,8 +196,8 @@ def _matmul_and_sum(
     """A matrix product and what is added to it."""
     if beta != 1 or alpha != 1:
         raise NoBoundsError("a matrix product with alpha or beta")
-    product = dispatched(torch.matmul, a, b)
-    found: Bounds = dispatched(torch.add, product, shift)
+    product = bounds_of(torch.matmul, a, b)
+    found: Bounds = bounds_of(torch.add, product, shift)
     return found
 
 
@@ -271,7 +282,7 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
         terms = math.prod(x.shape[2:])
     else:
         results = apply(x.radius).numel()
-        terms = x.numel() // max(1, results)
+        terms = x.centre.numel() // max(1, results)
     divisor = kwargs.get("divisor_override")
     if name.startswith("avg_pool") and len(args) > _PLACE_OF_DIVISOR:
         divisor = args[_PLACE_OF_DIVISOR]
@@ -360,7 +371,6 @@ def _negative(func: Any, x: Any) -> Bounds:
 
 def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     """A function that only moves elements, of all parts."""
-    copies = func.__name__ in _COPIES
     if func.__name__ == "view":
         func = torch.Tensor.reshape  # parts may be laid out otherwise
     run = run_of(args)
@@ -384,21 +394,12 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     for view in views:
         view.truth = all(map(is_truth, parts_moved))
     _move_changes(views, func, args, kwargs)
-    if not copies and isinstance(args[0], Bounds):
-        _share_memory(args[0], views)
     return views[0] if is_one else type(results)(views)
 
 
 def _expanded_as(func: Any, x: Any, other: Tensor) -> Any:
     """``x.expand(other.shape)``."""
     return moved(Tensor.expand, x, other.shape)
-
-
-def _share_memory(x: Bounds, views: list[Bounds]) -> None:
-    """Note that all of these are views of one another, so that what is written to one is seen."""
-    for view in views:
-        x.family += view.family
-        view.family = x.family
 
 
 def _move_changes(views: list[Bounds], func: Any, args: Any, kwargs: Any) -> None:
@@ -442,28 +443,9 @@ def _part(value: Any, part: str, run: Run | None) -> Any:
     return value
 
 
-def _asked(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What does not depend on values, such as a shape."""
-    if isinstance(args[0], Bounds) and args[0].truth and _is_dtype(func):
-        return torch.bool
-    return func(*args, **kwargs)
-
-
-def _is_dtype(func: Any) -> bool:
-    """Whether a function is what reads ``x.dtype``."""
-    return getattr(func, "__self__", None) is torch.Tensor.dtype
-
-
-def _filled(func: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """A new tensor of the shape of a value, which does not depend on it."""
-    kwargs.setdefault("dtype", x.dtype)
-    kwargs.setdefault("device", x.device)
-    kwargs.pop("memory_format", None)
-    name = func.__name__
-    fill: Any = getattr(torch, name.removeprefix("new_").removesuffix("_like"))
-    shape = [x.shape] if name.endswith("_like") else []
-    found: Tensor = fill(*shape, *args, **kwargs)
-    return found
+def _asked(func: Any, *args: Any) -> Any:
+    """What does not depend on values, such as a shape: the record has it."""
+    raise NoBoundsError(f"the operation {func.__name__}")
 
 
 def _padded(func: Any, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
@@ -508,9 +490,6 @@ _PARTS = ["narrow", "select", "chunk", "split", "unbind"]
 _ONCE = _LAID_OUT + _PARTS
 """Functions in whose results each element stands once at most."""
 
-_COPIES = ["clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"]
-"""Functions whose results have memory of their own."""
-
 _OPERATIONS: list[tuple[Rule, str]] = [
     (_weighted, "conv1d conv2d conv3d linear"),
     (_batch_norm, "batch_norm"),
@@ -520,7 +499,7 @@ _OPERATIONS: list[tuple[Rule, str]] = [
     (_average, "avg_pool1d avg_pool2d avg_pool3d mean sum"),
     (_average, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     (_expanded_as, "expand_as"),
-    (_filled, "full_like zeros_like ones_like new_full new_zeros new_ones"),
+    (_asked, "full_like zeros_like ones_like new_full new_zeros new_ones"),
     (_padded, "pad"),
     (_sum, "add radd iadd sub rsub isub"),
     (_product, "mul rmul imul div truediv rdiv rtruediv itruediv idiv"),
@@ -530,13 +509,16 @@ _OPERATIONS: list[tuple[Rule, str]] = [
     (moved, "flatten view reshape expand permute transpose unsqueeze squeeze contiguous"),
     (moved, "clone repeat chunk split getitem cat concat concatenate stack unbind movedim"),
     (moved, "narrow select unflatten swapaxes tile flip"),
-    (_asked, "get dim size numel stride ndimension len get_device"),
+    (_asked, "dim size numel stride ndimension len get_device"),
     (_asked, "is_floating_point is_contiguous is_complex"),
     *function_rules.OPERATIONS,
 ]
 
 for _rule, _names in _OPERATIONS:
     RULES |= dict.fromkeys(_names.split(), _rule)
+
+ASKED = _asked
+"""The rule of what does not depend on values."""
 
 ON_TRUTH |= {
     _sum,
@@ -545,11 +527,5 @@ ON_TRUTH |= {
     moved,
     _expanded_as,
     _asked,
-    _filled,
     function_rules.chosen,
 }
-
-_NONLINEAR = [_matmul, _matmul_and_sum, _product, *dict(function_rules.OPERATIONS)]
-
-NONLINEAR = [name for name, rule in RULES.items() if rule in _NONLINEAR]
-"""Operations whose results may begin a leaf: no affine maps of the input."""

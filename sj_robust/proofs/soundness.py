@@ -1,25 +1,23 @@
 """Checks of a proof's assumptions on the network that runs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import functional
-from sj_robust.core.preserved import Snapshot, other_forward, preserved
+from sj_robust.core.preserved import Snapshot, preserved
 from sj_robust.neuron.charging import Charging, Neuron, has_known_dynamics
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
-from sj_robust.proofs.maps import Maps
-from sj_robust.proofs.program import counts, spiking_surrogates
-from sj_robust.proofs.rounding import is_rounding
-from sj_robust.proofs.rules import NONLINEAR, Bounds
+from sj_robust.proofs.program import Operation, plain
+from sj_robust.proofs.replay import counts, spiking_surrogates
+from sj_robust.proofs.rules import moved
 from sj_robust.proofs.spiking import Interval
-from sj_robust.proofs.values import HeldPotential
+from sj_robust.proofs.values import Bounds, interval, rule_of
 
 __all__ = [
     "UnprovableError",
@@ -27,15 +25,11 @@ __all__ = [
     "WatchedJointRun",
     "WatchedRun",
     "check_kept",
-    "check_maps",
     "check_neurons",
     "check_point",
     "check_surrogates",
     "check_unchanged",
 ]
-
-_SAMPLES = 2
-"""Samples of the run at random leaves, each with leaves of its own."""
 
 _NEURONS = 512
 """Neurons of a layer that get random currents."""
@@ -54,39 +48,24 @@ class UnprovableError(ValueError):
 
 
 class WatchedRun(BoundedRun):
-    """A run that keeps, for every call of a spiking layer, the bounds of what goes in and comes
-    out.
-    """
+    """A run that keeps bounds of every value that the program computes, and of the potentials."""
 
     def __init__(self, neurons: dict[str, Neuron], samples: int, **given: Any) -> None:
         """Nothing has run yet; ``given`` is what the run beside it may be told."""
         super().__init__(neurons, samples, **given)
-        self.calls: dict[str, list[_Call]] = {name: [] for name in neurons}
-        self.functions: list[tuple[str, Interval | None]] = []
-        """Products, functions and steps outside of neurons, in the order in which they ran, with
-        bounds of what came out if that depends on the input.
-        """
-        self.surrogates: list[Any] = []
+        self.seen: list[_Seen] = []
 
-    @contextmanager
-    def replacing_neurons(self, net: nn.Module) -> Iterator[None]:
-        """See :class:`BoundedRun`; functions are noted."""
-        self.surrogates = spiking_surrogates(net)
-        modules = [neuron.module for neuron in self.neurons.values()]
-        with ExitStack() as stack:
-            stack.enter_context(super().replacing_neurons(net))
-            noting = _noting_functions(self._function, modules, self.surrogates)
-            stack.enter_context(noting)
-            yield
-
-    def _function(self, name: str, found: Any) -> None:
-        value = found[0] if isinstance(found, tuple) else found
-        bounds = Interval(value.lower, value.upper) if isinstance(value, Bounds) else None
-        self.functions.append((name, bounds))
-
-    def _passed(self, name: str, current: Bounds, spikes: Interval) -> None:
-        of_current = Interval(current.lower, current.upper)
-        self.calls[name].append(_Call(of_current, spikes, self.potential(name)))
+    def apply(self, operation: Operation, args: Any, kwargs: Any) -> Any:
+        """See :class:`BoundedRun`."""
+        found = super().apply(operation, args, kwargs)
+        func = operation.func
+        potential = self.potential(func.name) if isinstance(func, Neuron) else None
+        parts = found if isinstance(found, tuple | list) else (found,)
+        values: list[Interval | None] = []
+        if isinstance(func, nn.Module | Neuron) or rule_of(func) is not moved:
+            values = [interval(part) if isinstance(part, Bounds) else None for part in parts]
+        self.seen.append(_Seen(values, potential))
+        return found
 
 
 class WatchedJointRun(WatchedRun, JointRun):
@@ -94,22 +73,11 @@ class WatchedJointRun(WatchedRun, JointRun):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Bounds of one call of a spiking layer, in the layout of the network."""
+class _Seen:
+    """Bounds of the results of an operation, and of the potential behind a spiking layer's."""
 
-    current: Interval
-    spikes: Interval
-    v: Interval
-
-    def left(self, current: Tensor, spikes: Tensor, v: Tensor) -> str | None:
-        """What of a run is not within the bounds."""
-        if not self.current.holds(current):
-            return "an input current"
-        if not self.spikes.holds(spikes):
-            return "a spike"
-        if not self.v.holds(v):
-            return "a membrane potential"
-        return None
+    values: list[Interval | None]
+    potential: Interval | None
 
 
 def check_kept(model: Callable[[Tensor], Tensor], images: Tensor) -> Snapshot:
@@ -143,42 +111,6 @@ def check_unchanged(model: object, before: Snapshot) -> None:
             f"{', '.join(sorted(changed))}; let forward write to local variables, or register the "
             "state with register_memory of SpikingJelly's base.MemoryModule, so that it is reset"
         )
-
-
-def check_maps(maps: Maps) -> None:
-    """Raise :class:`UnsoundBoundsError` unless autograd knows all of every affine map.
-
-    Bounds of the output, and all that goes back through the layers, use the maps ``y = A z + b``
-    between the leaves z (input, spikes, maxima) and the currents y as the graph of the run gives
-    them. What runs outside the graph would count as a constant.
-
-    Equation, for random leaves z, in float64 and element by element::
-
-        | y(z) - b - A z |  <=  1e-9 (|A| |z| + |b|)
-
-    with y(z) what the network computes, and b and A from the graph of another run, at zero.
-
-    Args:
-        maps: The affine maps of a network.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return drawn.to(like.device)
-
-    run = maps.traced(_SAMPLES, noise, sized=True)
-    for number, name in enumerate(run.names):
-        leaves = [leaf.centre.detach() for leaf in run.leaves]
-        expected = maps.shift(number, _SAMPLES) + maps.image(number, leaves, _SAMPLES)
-        gap = run.currents[number].detach() - expected
-        if not is_rounding(gap, run.sizes[number]):
-            raise UnsoundBoundsError(
-                f"autograd does not see everything that reaches {name}: what the network computes "
-                f"there differs from its graph by up to {float(gap.abs().max()):.1e}; use torch "
-                "operations that record their graph, without torch.no_grad(), detach or custom "
-                "autograd.Function"
-            )
 
 
 def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
@@ -255,160 +187,58 @@ def check_surrogates(net: nn.Module, neurons: dict[str, Neuron], like: Tensor) -
             )
 
 
-def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor) -> Tensor:
+def check_point(model: SpikingClassifier, run: BoundedRun, logits: Bounds, point: Tensor) -> Tensor:
     """Logits [N, classes] of a network at a point of the ball, if all that runs is within bounds.
 
     Args:
         model: The classifier.
-        run: The run of the bounds; of a :class:`WatchedRun` the layers are looked at as well.
+        run: The run of the bounds, whose program must give the same logits, bit for bit; of a
+            :class:`WatchedRun` every value is looked at as well.
         logits: Bounds of the logits.
         point: Images [N, *], each of the ball of the image in its place.
 
     Raises:
-        UnsoundBoundsError: If a current, a spike, a potential, a product, another function's result
-            or a logit is outside its bounds.
+        UnsoundBoundsError: If the network gives other logits than its program, or a value, a
+            potential or a logit is outside its bounds.
     """
-    with torch.no_grad(), _watching(run):
-        found: Tensor = model(point.clone())
-    if not Interval(logits.lower, logits.upper).holds(found):
-        raise _outside("a logit", "the output")
-    return found
+    expected = iter(run.seen if isinstance(run, WatchedRun) else ())
+    fired: dict[str, list[Tensor]] = {}
 
-
-@contextmanager
-def _watching(run: BoundedRun) -> Iterator[None]:
-    """Context in which every call of a spiking layer is compared with the bounds that are kept."""
-    fired: dict[str, list[Tensor]] = {name: [] for name in run.neurons}
-    with ExitStack() as stack:
-        if isinstance(run, WatchedRun):
-            compared_functions = _compared_functions(iter(run.functions))
-            modules = [neuron.module for neuron in run.neurons.values()]
-            noting = _noting_functions(compared_functions, modules, run.surrogates)
-            for name, neuron in run.neurons.items():
-                compared = _compared(name, neuron.module, iter(run.calls[name]), fired[name])
-                stack.enter_context(other_forward(neuron.module, compared))
-            stack.enter_context(noting)
-        yield
-    if isinstance(run, WatchedJointRun):
-        for name, parts in fired.items():
-            if parts and not run.holds(name, torch.cat(parts)):
-                raise _outside("a sum over time of spikes", f"the layer {name}")
-
-
-def _compared(
-    name: str, module: Any, calls: Iterator[_Call], fired: list[Tensor]
-) -> Callable[..., Tensor]:
-    """The forward of a neuron, which is held against its bounds call by call; its spikes are added
-    to those ``fired``.
-    """
-    original = module.forward
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        current = x.clone()
-        spikes: Tensor = original(x, *args, **kwargs)
-        bounds = next(calls, None)
-        left = "a call" if bounds is None else bounds.left(current, spikes, module.v)
-        if left is not None:
-            raise _outside(left, f"the layer {name}")
-        kept = spikes.clone()  # the network may add to them in place
-        fired.append(kept if module.step_mode == "m" else kept.unsqueeze(0))
-        return spikes
-
-    return forward
-
-
-def _compared_functions(
-    expected: Iterator[tuple[str, Interval | None]],
-) -> Callable[[str, Any], None]:
-    """What holds every product, function and step that runs against its bounds."""
-
-    def compare(name: str, found: Any) -> None:
-        other, bounds = next(expected, ("nothing more", None))
-        if other != name:
-            raise UnsoundBoundsError(
-                f"the network calls {name} at a point of the ball where it called {other} on its "
-                "bounds, so nothing is proved: let forward call the same functions for every input"
-            )
-        value = found[0] if isinstance(found, tuple) else found
-        if bounds is not None and not bounds.holds(value):
-            raise _outside(f"a result of {name}", "the network")
-
-    return compare
-
-
-class _Functions(TorchFunctionMode):
-    """Tells of the calls of functions that are no affine maps, unless it is paused."""
-
-    def __init__(self, note: Callable[[str, Any], None]) -> None:
-        super().__init__()
-        self.note = note
-        self.paused = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if HeldPotential in types:  # which is no value of the network
-            return found
-        if _is_lowered(found):
-            raise UnsoundBoundsError(
-                "the forward of the network switches autocast on, so that it computes in lower "
-                "precision than float32, for whose rounding bounds are; take autocast out of it"
-            )
-        name = getattr(func, "__name__", "").strip("_")
-        if not self.paused and name in NONLINEAR:
-            self.note(name, found)
+    def apply(operation: Operation, args: Any, kwargs: Any) -> Any:
+        found = plain(operation, args, kwargs)
+        func = operation.func
+        where = f"the layer {operation.where}"
+        if isinstance(func, Neuron):
+            where = f"the layer {func.name}"
+            steps = found if func.module.step_mode == "m" else found.unsqueeze(0)
+            fired.setdefault(func.name, []).append(steps)
+        seen = next(expected, _Seen([], None))
+        parts = found if isinstance(found, tuple | list) else (found,)
+        for value, part in zip(seen.values, parts, strict=False):
+            if value is not None and not value.holds(part):
+                raise _outside("a value", where)
+        if seen.potential is not None and not seen.potential.holds(func.module.v):
+            raise _outside("a membrane potential", where)
         return found
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Context of which nothing is told; it may be entered inside another one."""
-        self.paused += 1
-        try:
-            yield
-        finally:
-            self.paused -= 1
-
-    def silent(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward of which nothing is told."""
-
-        def paused(*args: Any, **kwargs: Any) -> Any:
-            with self.pause():
-                return forward(*args, **kwargs)
-
-        return paused
-
-    def told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward of which only the result is told, and that only if the caller is not silent."""
-
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            caller_is_told = not self.paused
-            with self.pause():
-                found = forward(*args, **kwargs)
-                if caller_is_told:
-                    self.note("a surrogate", found)
-            return found
-
-        return noted
-
-
-def _is_lowered(found: Any) -> bool:
-    """Whether autocast is on for the device of a function's result."""
-    kind = found.device.type if isinstance(found, Tensor) else "cpu"
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-@contextmanager
-def _noting_functions(
-    note: Callable[[str, Any], None], neurons: list[Any], surrogates: list[Any]
-) -> Iterator[None]:
-    """Context in which functions outside of these neurons, and surrogates, are told of."""
-    mode = _Functions(note)
-    with ExitStack() as stack:
-        for module in neurons:
-            stack.enter_context(other_forward(module, mode.silent(module.forward)))
-        for module in surrogates:
-            stack.enter_context(other_forward(module, mode.told(module.forward)))
-        stack.enter_context(mode)
-        yield
+    with torch.no_grad():
+        found: Tensor = model(point.clone())
+        functional.reset_net(model.net)
+        replayed = run.program.run(point.clone(), apply)
+        functional.reset_net(model.net)
+    if not torch.equal(found, replayed):
+        raise UnsoundBoundsError(
+            "the network computes something else in a plain call than where its operations are "
+            "recorded, as when forward asks whether a mode of torch is on; remove that, and if "
+            "there is no such thing, report a bug with the network"
+        )
+    if not interval(logits).holds(found):
+        raise _outside("a logit", "the output")
+    if isinstance(run, WatchedJointRun):
+        for name, parts in fired.items():
+            if not run.holds(name, torch.cat(parts)):
+                raise _outside("a sum over time of spikes", f"the layer {name}")
+    return found
 
 
 def _other_dynamics(name: str, neuron: Neuron) -> UnsoundBoundsError:
@@ -422,10 +252,7 @@ def _other_dynamics(name: str, neuron: Neuron) -> UnsoundBoundsError:
 def _outside(what: str, where: str) -> UnsoundBoundsError:
     return UnsoundBoundsError(
         f"{what} of {where} is outside its bounds at a point of the ball, so nothing is proved: "
-        "the network computes something else in a plain call than for its bounds, as when forward "
-        "checks the type of its input or torch.is_grad_enabled(), or it keeps a state that its "
-        "reset does not clear; remove that, and if there is no such thing, report a bug with the "
-        "network"
+        "the bounds have a bug; please report it with the network"
     )
 
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,9 +114,6 @@ class LayerBounds:
             likewise.
         neurons: Neurons times samples.
         steps: Time steps that have run.
-        numbers: Threshold, decay and so on of the first call; None before it.
-        states_before: States of the module before the first call, by name.
-        held: What stands for them behind the last call, by name.
     """
 
     last_step: tuple[Interval, Interval] | None = None
@@ -125,9 +121,6 @@ class LayerBounds:
     width: list[float] = field(default_factory=list)
     neurons: int = 0
     steps: int = 0
-    numbers: tuple[Any, ...] | None = None
-    states_before: dict[str, Any] = field(default_factory=dict)
-    held: dict[str, Any] = field(default_factory=dict)
 
 
 class SpikingBounds(ABC):
@@ -190,13 +183,6 @@ class SpikingBounds(ABC):
 
     def start(self, like: Tensor) -> Interval:
         """The potential before the first step, one number for all neurons."""
-        v = self.neuron.module.v
-        is_constant = isinstance(v, int | float) or type(v) is Tensor
-        if not is_constant or bool((torch.as_tensor(v) != self.rest).any()):
-            raise NoBoundsError(
-                f"the layer {self.neuron.name}, whose v is not v_reset before its first step: set "
-                "v_reset when it is built, and no v in a forward"
-            )
         rest = like.new_tensor(self.rest)
         return Interval(rest, rest)
 

@@ -1,48 +1,41 @@
-"""A tensor of bounds, which passes every torch function to its rule; constants beside it, and the
+"""Bounds of a tensor, what the rule of a function makes of them, constants beside them, and the
 arguments of rules.
 """
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 
 __all__ = [
+    "MAY_WRITE",
     "ON_TRUTH",
     "RULES",
     "Bounds",
     "Call",
     "Function",
-    "HeldPotential",
     "Origin",
     "Pooling",
-    "Refusal",
     "Rule",
     "Run",
     "as_bounds",
-    "by_value",
+    "bounds_of",
     "centre_of_either",
     "check_dtype",
     "check_numbers",
     "constant",
-    "dispatched",
-    "in_float64",
     "interval",
     "is_rounded",
     "is_truth",
     "new_leaf",
-    "parameters_kept_in_float64",
     "reshaped",
-    "ruled",
+    "rule_of",
     "run_of",
     "size_of_constant",
 ]
@@ -81,31 +74,13 @@ RULES: dict[str, Rule] = {}
 ON_TRUTH: set[Rule] = set()
 """Rules that know what they make of True and False; filled likewise."""
 
-_READS_POTENTIAL = "a forward that reads a neuron's potential v"
-
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
-_MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", *_OPERATORS_IN_PLACE]
-"""Operations that may write their result into their first argument."""
-
-
-@dataclass
-class Refusal:
-    """Why a run has no bounds, empty if it has: a forward that catches the error of an operation
-    and goes on is refused all the same.
-    """
-
-    reason: str = ""
-
-    def note(self, error: Exception) -> None:
-        """Keep the first reason."""
-        self.reason = self.reason or str(error) or type(error).__name__
+MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", "relu", *_OPERATORS_IN_PLACE]
+"""Operations that the forward may write into their first argument."""
 
 
 class Run(Protocol):
     """What the rules know of the run that bounds belong to."""
-
-    refusal: Refusal
-    """What the run was refused for."""
 
     differentiable: bool
     """Whether bounds keep their graph to the weights."""
@@ -133,9 +108,7 @@ class Run(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a rule, with origins instead of bounds and constants by value; in training, as
-    they are, with their graph.
-    """
+    """A call of a rule, with origins instead of bounds."""
 
     rule: Rule
     func: Any
@@ -155,7 +128,7 @@ class Origin:
     shape: torch.Size | None = None
 
 
-class Bounds(Tensor):
+class Bounds:
     """Every value that a float32 tensor of a network can have while the input moves: ``centre -+
     (radius + error)``.
 
@@ -200,7 +173,7 @@ class Bounds(Tensor):
 
     Examples:
         >>> x = Bounds(torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double())
-        >>> y = 2 * x + 1
+        >>> y = bounds_of(torch.add, bounds_of(torch.mul, x, 2.0), 1.0)
         >>> float(y.centre), float(y.radius), 0 < float(y.error) < 1e-6
         (2.0, 0.5, True)
     """
@@ -219,41 +192,41 @@ class Bounds(Tensor):
     or.
     """
 
-    family: list[weakref.ref[Tensor]]
-    """This and the views that may share its memory: what is done in place to one of them changes
-    all.
-    """
-
-    @staticmethod
-    def __new__(
-        cls,
+    def __init__(
+        self,
         centre: Tensor,
         radius: Tensor,
         error: Tensor | None = None,
         run: Run | None = None,
         changes: Changes | None = None,
-    ) -> "Bounds":
-        """Wrap the parts; see the class."""
-        unrounded = run is not None and not run.rounded
-        dtype = torch.float32 if run is None else run.dtype
+    ) -> None:
+        """Keep the parts; see the class."""
+        self.dtype = torch.float32 if run is None else run.dtype
         if run is not None and run.differentiable:  # autocast may have lowered it
-            centre, radius = centre.to(dtype), radius.to(dtype)
-        self: Bounds = Tensor._make_wrapper_subclass(
-            cls, centre.shape, dtype=dtype, device=centre.device
-        )
-        self.centre, self.run, self.unrounded = centre, run, unrounded
-        self.origin = None
+            centre, radius = centre.to(self.dtype), radius.to(self.dtype)
+        self.centre = centre
+        self.run = run
+        self.unrounded = run is not None and not run.rounded
+        self.origin: Origin | None = None
         self.truth = False
         self.changes = changes
         self.radius = radius.expand(centre.shape)
-        self.family = [weakref.ref(self)]
-        if unrounded:
+        if self.unrounded:
             self.error = radius.new_zeros(())
+        elif error is None:
+            self.error = torch.zeros_like(self.radius)
         else:
-            self.error = (
-                torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
-            )
-        return self
+            self.error = error.expand(centre.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values."""
+        return self.centre.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self.centre.ndim
 
     @property
     def lower(self) -> Tensor:
@@ -286,59 +259,18 @@ class Bounds(Tensor):
         """The centre, without its graph where no gradient is asked for."""
         return self.centre if self.unrounded else self.centre.detach()
 
-    def has_views(self) -> bool:
-        """Whether another tensor may share its memory."""
-        views = [reference() for reference in self.family]
-        return any(view is not None and view is not self for view in views)
-
     def same(self) -> "Bounds":
-        """These bounds as they are now, whatever is done in place to them later, and without their
-        run: a run that holds them would otherwise stay until Python looks for cycles.
+        """These bounds without their run: a run that holds them would otherwise stay until Python
+        looks for cycles.
         """
         found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
         found.origin, found.truth = self.origin, self.truth
         found.run = None
         return found
 
-    # torch lacks the type
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         """Shape alone: tensors of a network are large."""
         return f"Bounds({tuple(self.shape)})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Bounds of a function of bounds."""
-        kwargs = dict(kwargs or {})
-        with ruled(run_of((*args, *kwargs.values()))):
-            return _bounds_of(func, types, args, kwargs)
-
-    @classmethod
-    # torch declares its default, which is a function
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """What reaches torch's dispatcher came around the rules above."""
-        with ruled(run_of((*args, *(kwargs or {}).values()))):
-            raise NoBoundsError(f"the operation {func}")
-
-
-class HeldPotential(Tensor):
-    """Stands for a neuron's potential after a call on bounds. Reading it raises an error; the next
-    call notices if it was replaced.
-    """
-
-    refusal: Refusal
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse; only cutting its graph changes nothing."""
-        if func.__name__ in ("detach", "detach_"):
-            return args[0]
-        error = NoBoundsError(_READS_POTENTIAL)
-        for value in args:
-            if isinstance(value, HeldPotential):
-                value.refusal.note(error)
-        raise error
 
 
 def run_of(value: Any) -> Run | None:
@@ -349,43 +281,20 @@ def run_of(value: Any) -> Run | None:
     return next((run for run in map(run_of, parts) if run is not None), None)
 
 
-@contextmanager
-def ruled(run: Run | None) -> Iterator[None]:
-    """Context of what a network's forward calls on bounds: maps keep their graph whatever the
-    forward says of gradients, and an error refuses the whole run. In training nobody knows whether
-    weights without a graph shall learn, so a forward without one is refused.
+def rule_of(func: Any) -> Rule:
+    """The rule of a function of torch."""
+    return RULES[func.__name__.strip("_")]
+
+
+def bounds_of(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the rule of a function gives for bounds among its arguments. 由规则得到的上下界。
+
+    Raises:
+        NoBoundsError: If no rule knows it.
     """
-    try:
-        if run is None:
-            yield
-        elif run.differentiable:
-            if not torch.is_grad_enabled():
-                raise NoBoundsError("training of what runs without a graph, as in torch.no_grad()")
-            yield
-        else:
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
-    except Exception as error:
-        if run is not None:
-            run.refusal.note(error)
-        raise
-
-
-def _bounds_of(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What the rule of a function gives."""
-    named = [kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs]
-    args = (*args, *named)
+    args = (*args, *[kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs])
     name = func.__name__.strip("_")
-    rule = RULES.get(name)
-    in_place = func.__name__ == f"{name}_" or name in _OPERATORS_IN_PLACE
-    if func.__name__ == "__float__":
-        raise NoBoundsError("float(x), a number that depends on the input")
-    if HeldPotential in types:
-        raise NoBoundsError(_READS_POTENTIAL)
-    if kwargs.get("out") is not None or (in_place and name not in _MAY_WRITE):
-        raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
-    if rule is None:
-        raise NoBoundsError(f"the operation {name}")
+    rule = rule_of(func)
     if any(isinstance(value, Bounds) for value in kwargs.values()):
         raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
     if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
@@ -393,13 +302,11 @@ def _bounds_of(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             f"the operation {name} of a comparison: convert it first, as in (x >= 0).to(x.dtype)"
         )
     try:
-        with torch._C.DisableTorchFunctionSubclass():
-            call = _noted_call(rule, func, args, kwargs)
-            found = rule(func, *args, **kwargs)
-            _note(found, call)
-            return _written(args[0], found, func.__name__) if in_place else found
+        found = rule(func, *args, **kwargs)
     except TypeError as error:  # a rule does not know an argument, or the call is wrong
         raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
+    _note(found, Call(rule, func, _origins(args), kwargs))
+    return found
 
 
 def is_truth(value: Any) -> bool:
@@ -409,41 +316,13 @@ def is_truth(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
-def _written(x: Any, result: Bounds, name: str) -> Bounds:
-    """``x`` with the parts of a result, so that all who hold it see them."""
-    if not isinstance(x, Bounds) or x.shape != result.shape or x.has_views():
-        raise NoBoundsError(
-            f"{name} on a view, on what has one, or on a constant: write x = x + y instead of x "
-            "+= y"
-        )
-    x.centre, x.radius, x.error = result.centre, result.radius, result.error
-    x.origin, x.changes = result.origin, result.changes
-    return x
-
-
-def _noted_call(rule: Rule, func: Any, args: Any, kwargs: Any) -> Call:
-    """A call as it can be made again."""
-    run = run_of(args)
-    keep = _as_it_is if run is not None and run.differentiable else by_value
-    return Call(
-        rule=rule,
-        func=func,
-        args=_origins(args, keep),
-        kwargs={name: keep(value) for name, value in kwargs.items()},
-    )
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _origins(value: Any, keep: Callable[[Any], Any]) -> Any:
-    """Arguments with origins instead of bounds, and what is no bounds as ``keep`` gives it."""
+def _origins(value: Any) -> Any:
+    """Arguments with origins instead of bounds."""
     if isinstance(value, Bounds):
         return value.origin
     if type(value) in (tuple, list):
-        return type(value)(_origins(part, keep) for part in value)
-    return keep(value)
+        return type(value)(map(_origins, value))
+    return value
 
 
 def _note(found: Any, call: Call) -> None:
@@ -456,57 +335,6 @@ def _note(found: Any, call: Call) -> None:
                 one.origin = one.origin or Origin(call=call, part=part, shape=one.shape)
 
 
-_Known = tuple[Tensor, Tensor, Tensor]
-"""A parameter, a copy of its values, and these in float64. Nothing but the values tells that a
-forward has written to ``p.data``.
-"""
-
-_DOUBLES: ContextVar[dict[int, _Known] | None] = ContextVar("_DOUBLES", default=None)
-
-
-@contextmanager
-def parameters_kept_in_float64() -> Iterator[None]:
-    """Context in which every parameter is converted once, for all runs; also a decorator."""
-    token = _DOUBLES.set({})
-    try:
-        yield
-    finally:
-        _DOUBLES.reset(token)
-
-
-def in_float64(value: Tensor) -> Tensor:
-    """A copy of a constant in float64, without a graph."""
-    known = _DOUBLES.get()
-    if known is None or not isinstance(value, nn.Parameter):
-        return _copy(value)
-    if id(value) in known:
-        parameter, values, found = known[id(value)]
-        if parameter is value and torch.equal(values, value):
-            return found
-    found = _copy(value)
-    known[id(value)] = value, value.detach().clone(), found
-    return found
-
-
-def _copy(value: Tensor) -> Tensor:
-    """The same values in float64, in memory of their own."""
-    found = value.detach().double()
-    return found.clone() if value.dtype == torch.float64 else found
-
-
-def by_value(value: Any) -> Any:
-    """An argument of a call as it is now, for those who make the call again: a network with binary
-    weights, say, has other values in them after its forward.
-    """
-    if type(value) in (tuple, list):
-        return type(value)(map(by_value, value))
-    if not isinstance(value, Tensor):
-        return value
-    if isinstance(value, nn.Parameter) and value.is_floating_point():
-        return in_float64(value)
-    return value.detach().clone()
-
-
 def constant(value: Any, run: Run | None) -> Tensor:
     """A weight: in float64 and without a graph, or as it is in a differentiable run."""
     if isinstance(value, Bounds):
@@ -517,7 +345,7 @@ def constant(value: Any, run: Run | None) -> Tensor:
         return found
     if found.ndim == 0:
         found = found.to(number)  # as torch does beside a tensor of the network
-    return in_float64(found)
+    return found.detach().double()
 
 
 def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
@@ -575,15 +403,9 @@ def new_leaf(run: Run | None, by: Function, arguments: list[Bounds], values: Int
     return run.begin(by, arguments, values)
 
 
-def dispatched(func: Any, *args: Any) -> Any:
-    """What a function of bounds gives, as if the network had called it."""
-    # torch lacks the type
-    return Bounds.__torch_function__(func, (), args)
-
-
 def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
     """Bounds in another shape. 改变形状。"""
     if x.shape == shape:
         return x
-    found: Bounds = dispatched(torch.Tensor.reshape, x, shape)
+    found: Bounds = bounds_of(torch.Tensor.reshape, x, shape)
     return found

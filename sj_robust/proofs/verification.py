@@ -43,7 +43,6 @@ from sj_robust.proofs.bounds import bounded_neurons
 from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.moves import Events, MovedEvents
 from sj_robust.proofs.soundness import UnprovableError
-from sj_robust.proofs.values import parameters_kept_in_float64
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,7 +165,6 @@ class Verification(Shown):
         return figure
 
 
-@parameters_kept_in_float64()
 def verify(
     model: nn.Module,
     x: Tensor,
@@ -251,9 +249,9 @@ def verify(
             images or labels do not fit, ``eps`` is out of range or in L2, or the method is unknown;
             for L0 and moves, if the frames are not binary, or with ``counts`` not numbers of
             events.
-        UnsoundBoundsError: If the network contradicts its bounds: an operation is missing from the
-            graph, a neuron does not follow its charge equation, or a point of the ball lies outside
-            the bounds.
+        UnsoundBoundsError: If the network contradicts its bounds: a neuron does not follow its
+            charge equation, or at a point of the ball the network differs from its recorded
+            program, or lies outside the bounds.
         ModuleNotFoundError: If scipy is missing for mip.
         NotImplementedError: If there are no bounds for a part of the network (a stochastic encoder,
             a neuron with unknown dynamics, an operation); the message names it.

@@ -10,6 +10,8 @@ from torch import nn
 from sj_robust import SpikingClassifier
 from sj_robust.core.threat import linf_bounds
 from sj_robust.proofs import verify
+from sj_robust.proofs.program import Record
+from sj_robust.proofs.values import bounds_of
 
 
 def linear(weight, bias=None):
@@ -31,6 +33,16 @@ class Formula(nn.Module):
 
     def forward(self, x):
         return self.formula(self, x)
+
+
+def on_bounds(function, x, dtype=torch.float64):
+    """Bounds of a function of bounds, which takes tensors of a dtype."""
+    program = Record(x.centre.to(dtype), {}).program(function, nn.Identity())
+
+    def apply(operation, args, kwargs):
+        return bounds_of(operation.func, *args, **kwargs)
+
+    return program.run(x, apply)
 
 
 def formula(forward, *, T=1, **parts):

@@ -281,7 +281,7 @@ def check(seed: int, points: int, norm: str = "Linf") -> Counter:
     margin = torch.tensor(result.margin, dtype=torch.float64).repeat(COPIES)
     x, y = x.repeat(COPIES, *[1] * (x.ndim - 1)), y.repeat(COPIES)
     neurons = bounded_neurons(model)
-    source = Points(model, neurons, ball)
+    source = Points(model, ball)
     total = Counter(inputs=0, networks=1, verified=sum(result.verified))
     try:
         with sums_of_products(x.device):

@@ -25,6 +25,7 @@ from proofs.event_balls import (
     tiny,
     weights,
 )
+from proofs.formulas import on_bounds
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.testing import assert_close
@@ -83,7 +84,7 @@ def test_the_first_map_is_bounded_exactly(kind, name):
     x = kind.apart(1, *SHAPE, seed=5)
     for budget, shift in BUDGETS[: 4 if kind.moves and name == "convolution" else 2]:
         ball = kind.ball(x, budget, shift)
-        found = MAPS[name](by_step(entering(x, ball)), weights())
+        found = on_bounds(lambda z: MAPS[name](by_step(z), weights()), entering(x, ball))
         low, high = extremes(lambda z: currents(name, z), x[0], ball)
         assert_close(found.least, low)
         assert_close(found.most, high)
@@ -102,14 +103,14 @@ def test_float32_sums_have_their_rounding_beside_changes(name):
 
     wide = entering(x, Flips(2))
     narrow = Bounds(x.float(), wide.radius.float(), run=run, changes=wide.changes)
-    found = function(narrow)
+    found = on_bounds(function, narrow)
     low, high = extremes(lambda z: function(z).unflatten(0, (-1, T)), x[0], Flips(2))
     assert found.radius.dtype == torch.float32
     assert found.changes is None
-    assert (narrow + 0.1).changes is None
+    assert on_bounds(lambda z: z + 0.1, narrow).changes is None
     assert (found.least.double() <= low).all()
     assert (found.most.double() >= high).all()
-    rounded = function(Bounds(x.float(), torch.zeros_like(narrow.radius), run=run))
+    rounded = on_bounds(function, Bounds(x.float(), torch.zeros_like(narrow.radius), run=run))
     assert (rounded.radius > 0).all()
 
 
@@ -122,9 +123,9 @@ def moved_sums(x, ball, kernel):
     if isinstance(ball, MovedEvents):
         still = Bounds(torch.zeros_like(x), torch.zeros_like(x))
         still.changes = ball.changes(x, summed=False).over_time(SUMS)
-        found = F.conv2d(still.flatten(0, 1), kernel).changes
+        found = on_bounds(lambda z: F.conv2d(z.flatten(0, 1), kernel), still).changes
         return found.raised(), found.lowered()
-    found = F.conv2d(entering(x, ball).flatten(0, 1), kernel).changes
+    found = on_bounds(lambda z: F.conv2d(z.flatten(0, 1), kernel), entering(x, ball)).changes
     steps = [found.moved(operator.itemgetter(t), apart=False) for t in range(T)]
     assert not share_frames(steps)
     return changed_sums(SUMS, steps)
@@ -150,9 +151,13 @@ def test_sums_over_time_have_one_budget(kind, budget):
 
 def test_steps_that_see_the_same_frames_are_noticed():
     x = frames(1, 2, 1, 2, 2)
-    summed = F.linear(entering(x, Flips(1)).flatten(1), weights()(3, 8)).changes
+    summed = on_bounds(
+        lambda z: F.linear(z.flatten(1), weights()(3, 8)), entering(x, Flips(1))
+    ).changes
     assert share_frames([summed, summed])  # it is moved by several frames
-    one = F.conv2d(entering(x, Flips(1)).flatten(0, 1), weights()(2, 1, 2, 2)).changes
+    one = on_bounds(
+        lambda z: F.conv2d(z.flatten(0, 1), weights()(2, 1, 2, 2)), entering(x, Flips(1))
+    ).changes
     assert not share_frames([one])
     assert share_frames([one, one])
 
@@ -163,20 +168,22 @@ def test_of_many_inputs_the_largest_weights_are_enough_or_all_are_looked_at(monk
     kernel[0] = kernel[0].abs() + 0.1
     largest = kernel[0].topk(150).indices
     x[0, :, largest] = 1  # which none of its largest weights can raise
-    found = F.linear(entering(x, Flips(2)), kernel)
+    found = on_bounds(lambda z: F.linear(z, kernel), entering(x, Flips(2)))
     monkeypatch.setattr(changes, "_CANDIDATES", 1000)
-    whole = F.linear(entering(x, Flips(2)), kernel)
+    whole = on_bounds(lambda z: F.linear(z, kernel), entering(x, Flips(2)))
     assert torch.equal(found.most, whole.most)
     assert torch.equal(found.least, whole.least)
     kernel = weights()(5, 400)  # of which one value may gain all events
-    alone = F.linear(entering(0 * x[:1], Flips(4, counts=True)), kernel)
+    alone = on_bounds(lambda z: F.linear(z, kernel), entering(0 * x[:1], Flips(4, counts=True)))
     assert_close(alone.most.flatten(), 4 * kernel.amax(1))
     assert_close(alone.least.flatten(), 4 * kernel.amin(1))
 
 
 def test_a_budget_between_two_integers_counts_the_next_change_in_part():
     z = {budget: entering(frames(1, *SHAPE), Flips(budget)) for budget in (0.0, 1.0, 1.25, 2.0)}
-    ends = {budget: plain(by_step(one), weights()) for budget, one in z.items()}
+    ends = {
+        budget: on_bounds(lambda z: plain(by_step(z), weights()), one) for budget, one in z.items()
+    }
     assert_close(ends[1.25].most, 0.75 * ends[1.0].most + 0.25 * ends[2.0].most)
     assert_close(ends[0.0].most, ends[0.0].centre)
 
@@ -184,7 +191,7 @@ def test_a_budget_between_two_integers_counts_the_next_change_in_part():
 def test_a_step_whose_events_are_in_each_others_way_is_bounded():
     x = frames(1, *SHAPE, seed=5)
     ball = MovedEvents.of(x, 2, 1)
-    found = plain(by_step(entering(x, ball)), weights())
+    found = on_bounds(lambda z: plain(by_step(z), weights()), entering(x, ball))
     low, high = extremes(lambda z: currents("convolution", z), x[0], ball)
     assert (found.least <= low + 1e-12).all()
     assert (found.most >= high - 1e-12).all()
@@ -238,7 +245,7 @@ def test_rows_with_several_frames_have_no_bounds_of_moves():
     x = frames(1, T, 1, 2, 2)
     ball = MovedEvents.of(x, 1, 1)
     weight = weights()(3, 12)
-    summed = F.linear(entering(x, ball).flatten(1), weight)
+    summed = on_bounds(lambda z: F.linear(z.flatten(1), weight), entering(x, ball))
     assert summed.changes is None
     low, high = extremes(lambda z: F.linear(z.flatten(1), weight), x[0], ball)
     assert (summed.least <= low).all()

@@ -3,7 +3,9 @@ by any method, and what has no bounds is refused.
 """
 
 import contextlib
+import copy
 import itertools
+import pickle
 import random
 from functools import partial
 
@@ -19,10 +21,8 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.core.host import lif_multi_step
 from sj_robust.evaluation import evaluate
-from sj_robust.proofs import UnsoundBoundsError, program, verify
+from sj_robust.proofs import replay, verify
 from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
-from sj_robust.proofs.points import Points
-from sj_robust.proofs.values import Bounds
 
 METHODS = ("ibp", "joint", "mip")
 T = 4
@@ -127,6 +127,27 @@ def averaged():
     return formula(negative_mean, node=node, out=linear([[1.0], [0.0]], [0.0, 0.5]))
 
 
+C = torch.tensor([0.0, 5.0, 1.0])
+
+
+def behind(statement, node=None, T=T, **given):
+    """A statement on images, and a neuron."""
+    model = formula(lambda net, x: net.node(statement(x)), T=T, node=node or fires(), **given)
+    model.unused = torch.Generator()  # one that is not drawn from hides no other
+    return model
+
+
+def only_plain(net, x):
+    found = spikes(net, x)
+    if type(found) is not torch.Tensor:
+        raise TypeError("spikes must be a tensor")
+    return net.out(found if type(x) is torch.Tensor else x)
+
+
+def beside_what_is_cut(net, x):
+    return logits(net, x) + net.branch(x.detach())
+
+
 RELU = partial(formula, relu=nn.ReLU())
 X = torch.rand(64, 3, generator=torch.Generator().manual_seed(1))
 FEW, TWO = X[:4], X[:2]
@@ -157,13 +178,26 @@ ROWS = {
     ),
     "comparisons": (lambda: RELU(compared), PAIRS, 0.05, [2]),
     "one number of a sample": (lambda: RELU(one_number), PAIRS[:, ::3], 0.05, [2]),
+    "ReLU in place": (
+        lambda: behind(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), fires(0.1)),
+        X,
+        0.01,
+        range(65),
+    ),
+    "asks for its type": (lambda: three(only_plain, T=2), X, 0.01, SOME),
+    "a branch that is cut": (
+        lambda: three(beside_what_is_cut, T=2, branch=nn.Linear(3, 3)),
+        X,
+        0.01,
+        SOME,
+    ),
     "softplus": (lambda: soft(20.0), SUMS, 0.1, SOME),
     "a negative divisor, far": (averaged, 0.5 * EVEN, 0.02, [1]),
     "a negative divisor, near": (averaged, EVEN, 0.02, [0]),
 }
 """By name a network, images, a radius and how many are proved."""
 WITHOUT_PROGRAM = {"the step before", "empty parts, T = 1", "empty parts, T = 2", "comparisons"}
-WITHOUT_PROGRAM |= {"one number of a sample", "softplus"}
+WITHOUT_PROGRAM |= {"one number of a sample", "softplus", "ReLU in place"}
 CASES = [(name, method) for name in ROWS for method in METHODS[:2]]
 CASES += [(name, "mip") for name in ROWS if name not in WITHOUT_PROGRAM]
 
@@ -241,13 +275,6 @@ def mixing_beside_large_weights(net, x):
     return torch.cat([mixed, -1e12 * (1 + found.sum(-1, keepdim=True))], -1)
 
 
-def fails(net, x):
-    found = spikes(net, x)
-    if type(found) is not torch.Tensor:
-        raise TypeError("spikes must be a tensor")
-    return found
-
-
 def reads_a_potential(net, x):
     """Logits from the potential that the neuron is left with."""
     spikes(net, x)
@@ -294,7 +321,6 @@ def caught(use):
 
 
 LEAVING = {
-    "detach": lambda part, x: part(x.detach()),
     "data": lambda part, x: part(x.data),
     "numpy": lambda part, x: torch.from_numpy(part(x).detach().numpy()),
     "caught numpy": caught(lambda x: x.detach().numpy()),
@@ -314,38 +340,13 @@ def caught_potential(net, x):
         return found
 
 
-C = torch.tensor([0.0, 5.0, 1.0])
-
-
-def a_view_sees_it(x):
-    x = x * 1.0
-    view = x[:, :, :]
-    x += C
-    return view
-
-
-def a_base_sees_it(x):
-    x = x * 1.0
-    view = x[:, :, 1]
-    view += 5.0
-    return x
-
-
-def a_constant_sees_it(x):
-    found = torch.zeros(T, x.shape[1], 3)
-    found += x
-    return found
-
-
 def batch_statistics(x):
     return F.batch_norm(x.flatten(0, 1), None, None, training=True).view(x.shape)
 
 
 STATEMENTS = {
-    "a view": (a_view_sees_it, "write x = "),
-    "a base": (a_base_sees_it, "write x = "),
-    "a constant": (a_constant_sees_it, "write x = "),
-    "no difference": (lambda x: torch.mul(x, C, out=x * 1.0), "write x = "),
+    "out=": (lambda x: torch.mul(x, C, out=x * 1.0), "by keyword"),
+    "data": (lambda x: x + x.data, "the operation data"),
     "alpha": (lambda x: torch.add(x, C, alpha=2), "a sum with alpha"),
     "out": (lambda x: torch.neg(x, out=None), "the operation neg as it is called here"),
     "a sum's dtype": (lambda x: x.unsqueeze(-1).sum(-1, dtype=torch.half), "torch.float16"),
@@ -362,13 +363,6 @@ STATEMENTS = {
     "shifts of samples": (lambda x: x + torch.arange(x.shape[1]).view(1, -1, 1), "samples"),
     "product of samples": (lambda x: x @ x.transpose(-1, -2), "samples"),
 }
-
-
-def behind(statement, node=None, T=T, **given):
-    """A statement on images, and a neuron."""
-    model = formula(lambda net, x: net.node(statement(x)), T=T, node=node or fires(), **given)
-    model.unused = torch.Generator()  # one that is not drawn from hides no other
-    return model
 
 
 def held(part):
@@ -435,24 +429,6 @@ def other_method(kind, name, step_mode="m"):
     return three(logits, T=T, node=setattr(node, name, lambda x: own(1.5 * x)) or node)
 
 
-def unlike(condition, function):
-    """Another function in some calls."""
-    return lambda x: function(x) if condition(x) else 1.0 * x
-
-
-def doubled_behind(condition, net, x):
-    found = logits(net, x)
-    return found + found if condition(x) else found
-
-
-def is_plain(x):
-    return type(x) is torch.Tensor
-
-
-def has_no_graph(x):
-    return not torch.is_grad_enabled()
-
-
 def late():
     """A network of which some forwards leave all as it is."""
     calls = itertools.count()
@@ -490,13 +466,8 @@ REFUSED = {
         lambda: RELU(lambda net, x: net.relu(x).softmax(-1, dtype=torch.bfloat16).float()),
         "bfloat16",
     ),
-    "code that fails": (lambda: three(fails), "TypeError: spikes.*behind fc"),
     "a potential that is read": (lambda: three(reads_a_potential, T=2), "potential v"),
     "a potential that is read, caught": (lambda: three(caught_potential, T=2), "potential"),
-    "relu in place": (
-        lambda: behind(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))),
-        "ReLU that writes into its input",
-    ),
     "batch first": (lambda: behind(BatchFirst()), "samples"),
     "a container of a neuron": (
         lambda: SpikingClassifier(
@@ -517,7 +488,10 @@ REFUSED = {
         "the encoder PoissonEncoder",
     ),
     "smooth": (lambda: with_node(neuron.IFNode(surrogate_function=SMOOTH)), "does not spike"),
-    "two levels": (lambda: with_node(neuron.IFNode(step_mode="m"), v_reset=0.8), "set v_reset"),
+    "two levels": (
+        lambda: with_node(neuron.IFNode(step_mode="m"), v_reset=0.8),
+        "does not spike as its charge",
+    ),
     "a potential that is set": (lambda: three(sets_v), "set .* no v in a forward"),
     "a negative decay": (lambda: with_node(neuron.LIFNode(), tau=0.5), "decay is negative"),
     "two thresholds": (
@@ -526,12 +500,8 @@ REFUSED = {
     ),
     "NaN": (lambda: weights_of(torch.nan), "weights must be finite, .* in net.fc.weight"),
     "large": (lambda: weights_of(3e38), "may be beyond 1e30"),
-    "autocast": (lambda: behind(lowered), "the network switches autocast on"),
+    "autocast": (lambda: behind(lowered), "torch.bfloat16"),
     "a surrogate": (lambda: held(TwoLevels()), "is not a step at 0"),
-    "another function": (
-        lambda: behind(lambda x: x.tanh() if is_plain(x) else x.sigmoid()),
-        "calls tanh at .* where it called sigmoid",
-    ),
 }
 """By name a network and a word of its refusal."""
 REFUSED |= {f"by {name}": (partial(beside, way), "no bounds") for name, way in LEAVING.items()}
@@ -552,12 +522,90 @@ for name, kind in KINDS.items():
             lambda build=build: three(logits, T=T, node=build()),
             "the layer node .*forward of its surrogate is not a step",
         )
-for condition in (is_plain, has_no_graph):
-    name = condition.__name__
-    inside = partial(unlike, condition, lambda x: x + x)
-    REFUSED[name] = (lambda inside=inside: behind(inside()), "an input current of the layer node")
-    after = partial(doubled_behind, condition)
-    REFUSED[f"{name}, logits"] = (partial(three, after, T=T), "a logit of the output")
+
+
+class Surrogate(torch.autograd.Function):
+    """The identity, as torch's dispatcher sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def with_hidden(take):
+    """A branch that is lost in a way of its own."""
+
+    def forward(net, x):
+        found = logits(net, x)
+        try:
+            hidden = take(x)
+        except Exception:
+            hidden = 0.0
+        return found + hidden * C
+
+    return forward
+
+
+def unrecorded(x):
+    with torch._C.DisableTorchFunction():
+        return torch.sum(x)
+
+
+def script_sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum()
+
+
+LIES = {
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()).sum(),
+    "tolist": lambda x: sum(x.flatten().tolist()),
+    "item": lambda x: x.sum().item(),
+    "truth": lambda x: 1.0 if (x > 0.5).any() else 0.0,
+    "storage": lambda x: torch.tensor(list(x.contiguous().untyped_storage())).sum(),
+    "dlpack": lambda x: torch.from_dlpack(x.contiguous().detach()).sum(),
+    "equal": lambda x: float(torch.equal(x, x.round())),
+    "allclose": lambda x: float(torch.allclose(x, x.round())),
+    "nonzero": lambda x: float(len(x.nonzero())),
+    "mask": lambda x: float(len(x[x > 0.5])),
+    "argmax": lambda x: x.argmax().float(),
+    "indices": lambda x: x.max(-1).indices.sum().float(),
+    "repr": lambda x: float(len(repr(x))),
+    "grad mode": lambda x: float(torch.is_grad_enabled()),
+    "requires grad": lambda x: float((x * torch.ones(3, requires_grad=True)).requires_grad),
+    "around the functions": unrecorded,
+    "custom function": lambda x: Surrogate.apply(x).sum(),
+    "script": lambda x: torch.jit.script(script_sum)(x),
+    "set": lambda x: torch.empty(0).set_(x.contiguous()).sum(),
+    "into a constant's data": lambda x: torch.zeros(3).data.copy_(x[0, 0]).sum(),
+    "histogram": lambda x: torch.histc(x, 3)[0],
+    "deep copy": lambda x: copy.deepcopy(x).sum(),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)).sum(),
+    "gradient": lambda x: torch.autograd.functional.vjp(torch.sum, x)[0],
+}
+"""Ways to carry values of the input past what is recorded, under ``try``."""
+for name, take in LIES.items():
+    REFUSED[f"lie: {name}"] = (partial(three, with_hidden(take), T=2), "no bounds are known")
+
+
+def asks_for_a_mode(net, x):
+    found = logits(net, x)
+    return found if torch.overrides.has_torch_function((x,)) else found + net.branch(x)
+
+
+def asks_for_gradients(net, x):
+    found = logits(net, x)
+    return found if torch.is_grad_enabled() else found + net.branch(x)
+
+
+LEAKY = {
+    "asks for a mode": (asks_for_a_mode, "something else in a plain call"),
+    "asks for gradients": (asks_for_gradients, "where gradients are on"),
+}
+for name, (forward, message) in LEAKY.items():
+    REFUSED[name] = (partial(three, forward, T=2, branch=nn.Linear(3, 3)), message)
 NEWEST = hasattr(neuron, "PSN")
 OTHER_NEURONS = {} if NEWEST else {"KLIFNode": "TorchScript function"}
 OTHER_NEURONS |= {
@@ -585,7 +633,7 @@ def test_what_has_no_bounds_is_refused(name):
 
 @pytest.mark.skipif(not NEWEST, reason="this release of SpikingJelly has none of them")
 def test_every_reason_is_one_of_a_neuron_of_the_newest_release():
-    assert all(hasattr(neuron, name) for name in (*program.NO_BOUNDS, *program.OPEN))
+    assert all(hasattr(neuron, name) for name in (*replay.NO_BOUNDS, *replay.OPEN))
 
 
 @pytest.mark.slow
@@ -887,29 +935,6 @@ def test_a_layer_of_another_step_mode_is_bounded_step_by_step():
     found = verify(model, x, model(x).argmax(1), 0.01)
     last = str(len(model.net) - 2)
     assert any(entry.startswith(f"{last}: ") for entry in found.stepwise)
-
-
-def half(net, x):
-    """Half of what pixels add up to, where the network runs on bounds."""
-    share = 0.5 if isinstance(x, Bounds) else 1.0
-    return logits_of(net, 1.2 + share * (net.fc(x) - 1.2))
-
-
-SLOPES = ("against_lead", "along_currents")
-
-
-@pytest.mark.parametrize("removed", [(), SLOPES[:1], SLOPES[1:], SLOPES])
-def test_bounds_that_only_the_corners_along_slopes_leave_are_refused(removed, monkeypatch):
-    x = pixels()
-    model = changing(half, x, T=1, step_mode="m")
-    y = model(x).argmax(1)
-    for name in removed:
-        monkeypatch.setattr(Points, name, lambda self, images: ())
-    if removed == SLOPES:  # random corners do not show it
-        assert verify(model, x, y, 0.03, method="ibp").verified == (True,)
-        return
-    with pytest.raises(UnsoundBoundsError, match="outside its bounds"):
-        verify(model, x, y, 0.03, method="ibp")
 
 
 class Clamped(nn.Linear):

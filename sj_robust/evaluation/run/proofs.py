@@ -183,8 +183,8 @@ class _Small:
         modules = [neuron.module for neuron in neurons.values()]
         if device_of(model) != x.device or _spikes(model, modules, x[:1]) > _SPIKES:
             raise NotImplementedError
-        maps = Maps(partial(bounded_logits, model), neurons, x[0])
-        self.programs = Programs(OverTime(maps, model.T), Points(model, neurons, ball.eps))
+        maps = Maps(partial(bounded_logits, model, programs={}), neurons, x[0])
+        self.programs = Programs(OverTime(maps, model.T), Points(model, ball.eps))
 
     def witness(self, image: Tensor, label: Tensor, nodes: int) -> Tensor | None:
         """An image of the ball of one image [1, ...] that the network gets wrong."""
