@@ -704,7 +704,7 @@ def is_twin(choice: Options, options: Options) -> bool:
 
 def spiking_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
     """The network that runs a twin's weights."""
-    model_options = options.model_options | {"v_reset": None}
+    model_options = options.model_options | {"v_reset": None, "v_init": 0.5}
     spiking = replace(options, tau=math.inf, learn_gain=False, model_options=model_options)
     return network_spec(spiking, splits)
 

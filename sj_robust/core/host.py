@@ -45,10 +45,12 @@ __all__ = [
     "lif_multi_step",
     "memories",
     "neuron",
+    "potential_at_reset",
     "quantize",
     "quiet_triton",
     "run_past_hooks",
     "runs_on_torch",
+    "start_from",
     "step_mode",
     "surrogate",
     "within_backward",
@@ -70,6 +72,17 @@ def invalidate_reset_cache(net: nn.Module) -> None:
     if hasattr(functional, "invalidate_reset_cache"):
         for module in net.modules():
             functional.invalidate_reset_cache(module)
+
+
+def potential_at_reset(neuron: Any) -> Any:
+    """The potential of a neuron before its first step. 首个时间步之前的膜电位。"""
+    return neuron._memories_rv["v"]
+
+
+def start_from(neuron: Any, v: Any) -> None:
+    """Have a neuron begin from the potential ``v``, now and after every reset."""
+    neuron.set_reset_value("v", v)
+    neuron.v = v
 
 
 def within_backward() -> bool:

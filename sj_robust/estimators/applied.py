@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sj_robust.core.host import (
     EVAL_MODE_HAS_NO_GRADIENT,
     check_hooks_run,
+    potential_at_reset,
     runs_on_torch,
     step_mode,
 )
@@ -433,7 +434,7 @@ class _Override:
             if v_init.shape == x_seq.shape[1:]:
                 first = self._step
             else:
-                v_init = node.v_reset or 0.0  # 2.x starts anew for a batch of another size
+                v_init = potential_at_reset(node)  # 2.x starts anew for a batch of another size
         charging = next_charging(node, len(x_seq))
         with torch.no_grad():
             spike_seq = forward()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.core.host import potential_at_reset
 from sj_robust.models.time_steps import set_time_steps
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 
@@ -17,9 +18,9 @@ class Rate(nn.Module):
     """Spikes per step of an integrate-and-fire neuron with a soft reset, before they are rounded.
     积分发放神经元的发放率（未取整）。
 
-    Equation, with the threshold theta and T steps of the current x: the neuron fires ``floor(T *
-    gain * x / theta)`` times, so ``rate = clamp(gain * x / theta - 1 / (2 T), 0, 1)`` is off by
-    1 / (2 T) at most.
+    Equation, with the threshold theta, the potential v_init before the first step and T steps of
+    the current x: the neuron fires ``floor((v_init + T * gain * x) / theta)`` times, so ``rate =
+    clamp(gain * x / theta + (v_init / theta - 1 / 2) / T, 0, 1)`` is off by 1 / (2 T) at most.
 
     Shapes: [T, N, *] or [N, *], as the current.
 
@@ -29,7 +30,7 @@ class Rate(nn.Module):
     """
 
     def __init__(self, slope: float, shift: float) -> None:
-        """Keep ``gain / theta`` and ``-1 / (2 T)``."""
+        """Keep ``gain / theta`` and ``(v_init / theta - 1 / 2) / T``."""
         super().__init__()
         self.slope = slope
         self.shift = shift
@@ -85,7 +86,8 @@ def _rate(neuron: Neuron, T: int) -> Rate | None:
     charging = neuron.charging()
     gains = torch.ones(1) if charging.input_gain is None else charging.input_gain.detach()
     slope = float(charging.gain) * float(gains[0]) / float(module.v_threshold)
+    start = float(potential_at_reset(module)) / float(module.v_threshold)
     keeps = charging.decay_value == 1.0 and module.v_reset is None and neuron.binary
     if not keeps or slope <= 0 or not bool((gains == gains[0]).all()):
         return None
-    return Rate(slope, -0.5 / T)
+    return Rate(slope, (start - 0.5) / T)

@@ -113,6 +113,11 @@ class Neuron:
         return int(self.module.time_step) if isinstance(self.module, DLIFNode) else 0
 
     @property
+    def initial(self) -> Any:
+        """Potential that its reset sets, before the first step."""
+        return self.module._memories_rv["v"]  # the host has no other name for it
+
+    @property
     def surrogate(self) -> Surrogate:
         """The spike function and its surrogate derivative."""
         return describe_surrogate(self.module.surrogate_function)

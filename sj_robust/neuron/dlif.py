@@ -21,6 +21,8 @@ from sj_robust.core.host import (
     is_counted,
     lif_multi_step,
     neuron,
+    potential_at_reset,
+    start_from,
     surrogate,
     within_backward,
 )
@@ -86,6 +88,8 @@ class DLIFNode(neuron.BaseNode):
             returns the choice.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
         input_gain_init: Initial value of every gain.
+        v_init: Potential before the first step; None is ``v_reset``, or 0 for a soft reset. Half a
+            threshold makes the number of spikes of a neuron without leak a rounded mean current.
 
     Raises:
         TypeError: If ``tau`` is not a number, threshold or reset is a tensor with a gradient or
@@ -123,6 +127,7 @@ class DLIFNode(neuron.BaseNode):
         backend: str = "auto",
         store_v_seq: bool = False,
         input_gain_init: float = 1.0,
+        v_init: float | None = None,
     ) -> None:
         """Build the neuron; see the class."""
         v_threshold = _number("v_threshold", v_threshold)
@@ -133,6 +138,8 @@ class DLIFNode(neuron.BaseNode):
         if v_reset is not None:
             check_number("v_reset", v_reset, remedy="None is a soft reset")
         check_number("input_gain_init", input_gain_init)
+        if v_init is not None:
+            check_number("v_init", v_init)
         check_surrogate(surrogate_function)
         super().__init__(
             v_threshold=float(v_threshold),
@@ -146,6 +153,8 @@ class DLIFNode(neuron.BaseNode):
         self.backend = backend
         self.input_gain = nn.Parameter(torch.full((T,), float(input_gain_init)))
         self.register_memory("time_step", 0)
+        if v_init is not None:
+            start_from(self, float(v_init))
 
     @property
     def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
@@ -193,7 +202,8 @@ class DLIFNode(neuron.BaseNode):
         """Parameters shown by ``print``."""
         return (
             f"T={self.T}, tau={self.tau}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
-            f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={self.backend}"
+            f"v_init={potential_at_reset(self)}, detach_reset={self.detach_reset}, "
+            f"step_mode={self.step_mode}, backend={self.backend}"
         )
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:

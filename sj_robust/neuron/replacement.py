@@ -17,6 +17,8 @@ from sj_robust.core.host import (
     invalidate_reset_cache,
     is_neuron,
     neuron,
+    potential_at_reset,
+    start_from,
 )
 from sj_robust.neuron.charging import has_known_dynamics, known_change
 from sj_robust.neuron.dlif import DLIFNode
@@ -208,13 +210,14 @@ def _without_gain(name: str, module: DLIFNode) -> Any:
             "again"
         )
     decays_input = math.isclose(gain * module.tau, 1.0, rel_tol=1e-6)
-    settings = _settings(module, scale=1.0 if decays_input else gain)
+    scale = 1.0 if decays_input else gain
+    settings = _settings(module, scale)
     node: Any
     if math.isinf(module.tau):
         node = neuron.IFNode(**settings)
     else:
         node = neuron.LIFNode(tau=module.tau, decay_input=decays_input, **settings)
-    return _take_over(node, module)
+    return _take_over(node, module, scale)
 
 
 def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
@@ -328,8 +331,11 @@ def _as_number(value: Any) -> Any:
     return float(value.detach()) if isinstance(value, Tensor) else value
 
 
-def _take_over(node: Any, module: nn.Module) -> Any:
-    """The new neuron in the mode and with the hooks of the old one."""
+def _take_over(node: Any, module: nn.Module, scale: float = 1.0) -> Any:
+    """The new neuron in the mode, from the first potential and with the hooks of the old one, its
+    potentials divided by ``scale``.
+    """
+    start_from(node, potential_at_reset(module) / scale)
     node.train(module.training)
     for name in _HOOKS:
         hooks = getattr(module, name)

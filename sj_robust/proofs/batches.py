@@ -1,7 +1,6 @@
 """Proofs batch by batch, each checked against the network itself."""
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Literal, get_args
 
@@ -13,7 +12,7 @@ from sj_robust.core.checks import check_logits
 from sj_robust.core.environment import device_of
 from sj_robust.core.preserved import RandomNumbers, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron
-from sj_robust.proofs.bounds import BoundedRun, bounded_logits
+from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.mip import Programs
@@ -100,15 +99,15 @@ class BatchProofs:
         self._points = Points(model, ball)
         self._over_time: OverTime | None = None
         self._programs: Programs | None = None
-        self._bounded = partial(bounded_logits, model, programs={})
-        maps = Maps(self._bounded, neurons, x[0].to(self._device))
+        maps = Maps(model, neurons, x[0].to(self._device))
+        self._bounded = maps.bounded
         self.size = len(x)
         with sums_of_products(self._device), preserved(model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
             self.classes = _logits(model, images, labels, runs=2).shape[1]
             check_neurons(neurons, model.T, images)  # runs neurons that a forward leaves out, too
             self._kept = check_kept(model, images)
-            maps.check_samples()
+            maps.structure()
             check_surrogates(model.net, neurons, images)
             if method != "ibp":
                 self._over_time = OverTime(maps, model.T)

@@ -33,6 +33,7 @@ from sj_robust.proofs.spiking import (
     RealSpiking,
     SpikingBounds,
 )
+from sj_robust.proofs.structure import Forms, Layout, Structure, by_row, laid_out
 from sj_robust.proofs.values import (
     Bounds,
     Function,
@@ -43,13 +44,12 @@ from sj_robust.proofs.values import (
 
 __all__ = [
     "BoundedRun",
-    "Layout",
     "Leaf",
+    "Programs",
     "bounded_logits",
     "bounded_neurons",
-    "by_row",
-    "laid_out",
     "pulled_back",
+    "unknown",
 ]
 
 
@@ -67,21 +67,6 @@ class Leaf:
     def by_sample(self, values: Tensor, samples: int) -> Tensor:
         """Values of the shape of the radius as rows, one per sample: [N, values]."""
         return by_row(values, samples, self.batch_dim).reshape(samples, -1)
-
-
-def by_row(part: Tensor, rows: int, batch_dim: int) -> Tensor:
-    """What the network lays out with its samples in ``batch_dim`` (see :class:`Leaf`) as [N,
-    *].
-    """
-    if batch_dim == -1:
-        part = part.view(-1, rows, *part.shape[1:])
-    return part.movedim(abs(batch_dim), 0)
-
-
-def laid_out(part: Tensor, batch_dim: int) -> Tensor:
-    """The inverse of :func:`by_row`."""
-    part = part.movedim(0, abs(batch_dim))
-    return part.flatten(0, 1) if batch_dim == -1 else part
 
 
 def pulled_back(
@@ -109,31 +94,6 @@ class _Switch:
     """
 
     on: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where an operation outside of spiking layers has its samples.
-
-    Attributes:
-        batch_dim: As for :class:`Leaf`.
-        split: Whether a dimension holds the values of all samples, [T, N * values] or [N * values],
-            and has to be split.
-    """
-
-    batch_dim: int
-    split: bool = False
-
-    def shape(self, given: torch.Size, samples: int) -> torch.Size | None:
-        """The shape in which samples have a dimension of their own; None if it does not fit."""
-        last = self.batch_dim
-        if self.split:
-            if len(given) != last + 1 or given[last] % samples:
-                return None
-            return torch.Size((*given[:last], samples, given[last] // samples))
-        if last == -1:
-            return given if len(given) > 0 and given[0] % samples == 0 else None
-        return given if len(given) > last and given[last] == samples else None
 
 
 def _alone(by: Function, rows: Tensor, dim: int) -> Tensor:
@@ -177,9 +137,6 @@ class BoundedRun:
     """Of the network; what float32 rounds covers float64 as well."""
 
     points = False
-    """See :class:`sj_robust.proofs.rules.Run`."""
-
-    sized = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 
     layouts: tuple[Layout, ...] | None = None
@@ -456,8 +413,78 @@ class BoundedRun:
         """A spiking layer has been called: bounds of what came in and of what goes out."""
 
 
-Programs = dict[torch.Size, Program]
-"""The programs of a network, by the shape of the images."""
+class Programs:
+    """The programs of a network by number of images, all of which do the same with every image.
+
+    Args:
+        model: A classifier in evaluation mode.
+        neurons: Its spiking layers by name.
+    """
+
+    def __init__(self, model: SpikingClassifier, neurons: dict[str, Neuron]) -> None:
+        """None is captured yet."""
+        self._model = model
+        self._neurons = neurons
+        self._forms = Forms()
+        self._found: dict[int, Program] = {}
+        self._of_several: Structure | None = None
+
+    def of(self, images: Tensor) -> Program:
+        """The program of so many images.
+
+        Raises:
+            NoBoundsError: If it mixes samples, or does another thing than that of other numbers of
+                images.
+        """
+        if self._of_several is None:
+            self.structure(images)
+        if len(images) not in self._found:
+            self._captured(images)
+        return self._found[len(images)]
+
+    def structure(self, images: Tensor, *, framed: bool = False) -> Structure:
+        """How the network treats samples and time, as batches of several images tell.
+
+        Args:
+            images: One or more.
+            framed: See :meth:`Structure.of`.
+        """
+        several = [torch.cat([images[:1]] * number) for number in _SEVERAL]
+        if self._of_several is None:
+            for batch in several:
+                self._captured(batch)
+        assert self._of_several is not None
+        if framed:
+            return self._read(self.of(several[0]), several[0], framed=True)
+        return self._of_several
+
+    def _captured(self, images: Tensor) -> None:
+        """Capture the program of so many images."""
+        program = captured(self._model, images, self._neurons)
+        read = self._read(program, images)
+        if self._of_several is None:
+            self._of_several = read
+        elif not read.alike(self._of_several):
+            raise NoBoundsError(
+                "a network that treats the samples of a batch of another size differently, such "
+                "as a mean over them"
+            )
+        self._found[len(images)] = program
+
+    def _read(self, program: Program, images: Tensor, *, framed: bool = False) -> Structure:
+        return Structure.of(
+            program,
+            images,
+            self._neurons,
+            self._model.T,
+            forms=Forms() if framed else self._forms,
+            told=None if framed else self._of_several,
+            framed=framed,
+        )
+
+
+_SEVERAL = (2, 3)
+"""Samples of batches that tell where samples are, and that their number does not matter."""
 
 
 def bounded_logits(
@@ -475,7 +502,7 @@ def bounded_logits(
         run: Where what is found is kept; made from :func:`bounded_neurons`.
         images: Images in [0, 1].
         eps: Linf radius, or one of each image, broadcast; or what may happen to event frames.
-        programs: Programs that are known, to which that of these images is added.
+        programs: Those of the network that are known.
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
@@ -489,7 +516,8 @@ def bounded_logits(
         highest = (exact + eps).clamp(max=1)
         box = Interval(lowest, highest)
     try:
-        run.program = _program(model, run, images, {} if programs is None else programs)
+        programs = Programs(model, run.neurons) if programs is None else programs
+        run.program = _program(model, run, images, programs)
         with torch.enable_grad():
             leaf = run.leaf(box, 0)
             if isinstance(eps, EVENTS):
@@ -497,7 +525,7 @@ def bounded_logits(
                 run.changed = leaf.same()
             logits: Bounds = run.program.run(leaf, run.apply)
     except NoBoundsError as error:
-        raise _unknown(error, model) from error
+        raise unknown(error, model) from error
     return logits
 
 
@@ -510,12 +538,12 @@ def _program(
         if found.cut:
             raise NoBoundsError("training of what runs without a graph, as in torch.no_grad()")
         return found
-    if images.shape not in programs:
-        programs[images.shape] = captured(model, images, run.neurons)
-    return programs[images.shape]
+    if run.samples == 1:
+        run.layouts = tuple(programs.structure(images).layouts)
+    return programs.of(images)
 
 
-def _unknown(error: NoBoundsError, model: SpikingClassifier) -> NotImplementedError:
+def unknown(error: NoBoundsError, model: SpikingClassifier) -> NotImplementedError:
     """Of what there are no bounds, and where: in or behind the last module that was entered."""
     where = ""
     if error.where:
@@ -565,8 +593,8 @@ def _why_unbounded(n: Neuron) -> str | None:
         return ", whose surrogate does not spike"
     if not n.charging().decay_value >= 0:
         return ", whose decay is negative: give it a tau of 1 or more"
-    for key in ("v_threshold", "v_reset"):
-        value = getattr(n.module, key)
+    given = {"v_threshold": n.module.v_threshold, "v_reset": n.module.v_reset}
+    for key, value in {**given, "initial potential": n.initial}.items():
         if value is None:
             continue
         if torch.as_tensor(value).numel() != 1 or not math.isfinite(value):

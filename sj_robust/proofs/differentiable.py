@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from itertools import cycle
 from typing import Any, Literal
 
@@ -141,9 +140,8 @@ class DifferentiableBounds:
             stack.enter_context(full_precision(x.device))
             with preserved(self.classifier, "all", hooks=False):
                 check_kept(self.classifier, x)
-            bounded = partial(bounded_logits, self.classifier, programs={})
-            maps = Maps(bounded, self._neurons, x[0])
-            maps.check_samples()
+            maps = Maps(self.classifier, self._neurons, x[0])
+            maps.structure()
             check_neurons(self._neurons, self.classifier.T, x)
             check_surrogates(self.classifier.net, self._neurons, x)
             if self._method == "joint":

@@ -11,10 +11,11 @@ from sj_robust.ops.trains.operator import joint_sums, trained_reason
 from sj_robust.ops.trains.reference import Spiking, differentiable_sums
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
-from sj_robust.proofs.joint import JointRun, MappedSums, OverTime, by_step, in_layout
+from sj_robust.proofs.joint import JointRun, MappedSums, OverTime
 from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
+from sj_robust.proofs.structure import by_step, in_layout
 from sj_robust.proofs.windows import KEPT, SpikeTrains
 
 __all__ = ["DifferentiableJointRun", "WindowSums"]
@@ -76,7 +77,7 @@ class DifferentiableJointRun(JointRun):
         trains.shape = current.low.shape[1:]
         spiking = RealSpiking(neuron, self.layers[name], self.surrogate_width)
         trains.chain_of_all = None
-        if self.over_time.kinds[name] == "constant":
+        if self.has_chain(spiking):
             constant = memory.currents[-1].each(torch.flatten)
             trains.chain_of_all = DifferentiableChain.of(spiking, steps, constant)
         trains.total = steps

@@ -10,18 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Currents, StepBounds, Windows
 from sj_robust.ops.trains.operator import bounded_steps
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
-from sj_robust.proofs.maps import Maps, Trace
+from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.replay import counts, leaves_of, replayed
-from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, is_rounding
+from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, charge_rounding
 from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
+from sj_robust.proofs.structure import (
+    ReadCall,
+    Structure,
+    are_same,
+    are_steps,
+    by_step,
+    in_layout,
+)
 from sj_robust.proofs.windows import (
     KEPT,
     ListedTrains,
@@ -38,9 +45,6 @@ from sj_robust.proofs.windows import (
 
 __all__ = ["JointRun", "LayerCall", "MappedSums", "OverTime"]
 
-_FACTORS = 4096
-"""Random numbers, one for each step of a layer; more steps begin anew."""
-
 _SUMS = 4
 """Sums over time that are held against their bounds at a point."""
 
@@ -51,131 +55,14 @@ _ELEMENTS = 2**22
 _Kind = Literal["constant", "steps"]
 
 
-def by_step(part: Tensor, samples: int, batch_dim: int) -> Tensor:
-    """What the network lays out with its samples in ``batch_dim`` as [steps, N, *]."""
-    if batch_dim == -1:
-        return part.view(-1, samples, *part.shape[1:])
-    return part if batch_dim == 1 else part.unsqueeze(0)
-
-
-def in_layout(part: Tensor, batch_dim: int) -> Tensor:
-    """The inverse of :func:`by_step`."""
-    if batch_dim == -1:
-        return part.flatten(0, 1)
-    return part if batch_dim == 1 else part.squeeze(0)
-
-
-def column(numbers: Tensor, like: Tensor) -> Tensor:
-    """Numbers [F] as [F, 1, ..., 1], to be multiplied by values such as these."""
-    return along(numbers, 0, like.ndim + 1)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a spiking layer or a max pooling in a trace.
-
-    Attributes:
-        by: Name of the layer; None for a max pooling.
-        first: Time steps of the layer before this call.
-        batch_dim: Of what reaches it.
-        current: What reaches it, [steps, 1, *].
-        size: What rounding of that is relative to.
-        leaves: Numbers of the leaves that it depends on.
-        leaf: Number of the leaf that begins.
-    """
-
-    by: str | None
-    first: int
-    batch_dim: int
-    current: Tensor
-    size: Tensor
-    leaves: set[int]
-    leaf: int
-
-
-class _TimedTrace(Trace):
-    """A run on one sample in which a leaf has, in step t, ``factors[t]`` times random values that
-    are the same for all steps.
-    """
-
-    def __init__(self, neurons: dict[str, Neuron], factors: Tensor) -> None:
-        super().__init__(neurons, 1, torch.zeros_like, sized=True)
-        self.factors = factors
-        self.calls: list[_Call] = []
-        self.pooled: set[int] = set()
-        self.steps_of_leaf: dict[int, int] = {}
-        self.steps = dict.fromkeys(neurons, 0)
-        self._values: dict[str, Tensor] = {}
-        self._generator = torch.Generator().manual_seed(0)
-
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        name = None
-        first = 0
-        if isinstance(by, Neuron) and counts(by) is None:
-            name = by.name
-            first = self.steps[name]
-        centre = x.centre.detach()
-        call = _Call(
-            by=name,
-            first=first,
-            batch_dim=batch_dim,
-            current=by_step(centre, 1, batch_dim),
-            size=by_step(x.radius, 1, batch_dim),
-            leaves=leaves_of(x.origin),
-            leaf=len(self.leaves),
-        )
-        self.calls.append(call)
-        if name is None:
-            self.pooled.add(len(self.leaves))
-        else:
-            self.steps[name] += len(call.current)
-
-    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
-        like = values.low
-        if not self.leaves:
-            return self.point(self._drawn(like), batch_dim)
-        call = self.calls[-1]
-        steps = by_step(like, 1, batch_dim)
-        self.steps_of_leaf[len(self.leaves)] = len(steps)
-        one = self._drawn(steps[0])
-        if call.by is not None:
-            one = self._values.setdefault(call.by, one)
-        factors = _factors_of(self.factors, call.first, len(steps))
-        return self.point(in_layout(column(factors, one) * one, batch_dim), batch_dim)
-
-    def _drawn(self, like: Tensor) -> Tensor:
-        drawn = torch.randn(
-            like.shape,
-            generator=self._generator,
-            dtype=torch.float64,
-        )
-        return drawn.to(like.device)
-
-
-class _FrameTrace(_TimedTrace):
-    """The same, with frames of events that have ``factors[t]`` times random values as well."""
-
-    def leaf(self, values: Interval, batch_dim: int) -> Bounds:
-        if self.leaves:
-            return super().leaf(values, batch_dim)
-        one = self._drawn(values.low[:, :1])
-        steps = values.low.shape[1]
-        factors = along(_factors_of(self.factors, 0, steps), 1, one.ndim)
-        return self.point(factors * one, batch_dim)
-
-
 class OverTime:
     """How the affine maps of a network treat time, found out by runs on random leaves.
     网络的仿射映射如何处理时间。
 
-    Equation: the current of a spiking layer is ``"constant"``, one number for all steps, or in
-    step t the same map ``x[t] = A s[t] + b`` of earlier spikes (``"steps"``). With random leaves
-    ``s[t] = f[t] s`` and a random image, where f[t] are random numbers, these are::
-
-        x[t] = x[0]   and   (x[t] - b[t]) / f[t] = (x[0] - b[0]) / f[0],   b[t] = b[0]
-
-    The logits are of counts if they are the same for ``s[t] = mean(f) s``. Whatever else a current
-    or the logits are, such as the sum of an image and spikes, is bounded step by step.
+    The current of a spiking layer is ``"constant"``, one number for all steps, or in step t the
+    same map ``x[t] = A s[t] + b`` of earlier spikes (``"steps"``). The logits are of counts if they
+    are a function of the images and of means over all steps. Whatever else a current or the logits
+    are, such as the sum of an image and spikes, is bounded step by step.
 
     Attributes:
         kinds: ``"constant"``, ``"steps"`` or None by layer.
@@ -191,62 +78,44 @@ class OverTime:
     """
 
     def __init__(self, maps: Maps, T: int) -> None:
-        """Run the network; see the class."""
-        generator = torch.Generator().manual_seed(1)
-        drawn = torch.rand(
-            max(_FACTORS, T),
-            generator=generator,
-            dtype=torch.float64,
-        )
-        factors = drawn.to(maps.frame.device) + 0.5
-        mean = factors[:T].mean()
-        trace = _TimedTrace(maps.neurons, factors)
-        of_means = _TimedTrace(maps.neurons, mean.expand_as(factors))
-        logits = maps.run(trace)
-        mean_logits = maps.run(of_means)
-        change = logits.centre.detach() - mean_logits.centre.detach()
+        """Read the program; see the class."""
         self.neurons = maps.neurons
         self.T = T
         self.maps = maps
-        self._factors = factors
-        self._frame_by_frame: dict[str, bool] | None = None
-        self.counts = is_rounding(change, logits.radius)
-        self.steps = trace.steps
+        self._structure = maps.structure()
+        self._framed: Structure | None = None
+        *calls, output = self._structure.calls
+        self.counts = output.is_of_counts(T)
+        self.steps = dict.fromkeys(maps.neurons, 0)
+        for call in calls:
+            if call.by is not None:
+                self.steps[call.by] += len(call.step)
         self.kinds: dict[str, _Kind | None] = {}
-        self.stepwise = tuple(self._find_kinds(trace))
-        asked: set[int] = set()
-        for call in trace.calls:
-            asked |= call.leaves
+        self.stepwise = tuple(self._find_kinds(calls))
+        asked = frozenset().union(*[call.leaves for call in calls])
         self.counted = set(maps.neurons) if self.counts else set()
-        for call in trace.calls:
+        for call in calls:
             if call.leaf in asked:
                 self.counted.discard(str(call.by))
-        size = sum(leaf.centre.numel() for leaf in trace.leaves)
         windows = min(T, KEPT) + 1
-        self.images = max(1, 2 * _ELEMENTS // (size * windows))
+        self.images = max(1, 2 * _ELEMENTS // (self._structure.elements * windows))
         self._trains: dict[tuple[str, int, float, float], ListedTrains | None] = {}
 
-    def _find_kinds(self, trace: _TimedTrace) -> Iterator[str]:
+    def _find_kinds(self, every: list[ReadCall]) -> Iterator[str]:
         """Fill ``kinds``; gives what has bounds of single steps, with the reason."""
+        pooled = {call.leaf for call in every if call.by is None}
         for name in self.neurons:
-            calls: list[_Call] = []
-            shifts: list[Tensor] = []
-            before: set[int] = set()
-            for number, call in enumerate(trace.calls):
-                if call.by == name:
-                    calls.append(call)
-                    shift = self.maps.shift(number, 1)
-                    shifts.append(by_step(shift, 1, call.batch_dim))
-                    before |= call.leaves
+            calls = [call for call in every if call.by == name]
             if not calls:
                 continue
-            kind = _kind(calls, shifts, self._factors)
-            if kind == "steps" and not _run_together(calls, trace.steps_of_leaf):
+            before = frozenset().union(*[call.leaves for call in calls])
+            kind = _kind(calls)
+            if kind == "steps" and not _run_together(calls, self._structure.steps_of_leaf):
                 self.kinds[name] = None
                 yield f"{name}: it takes other numbers of time steps per call than what it gets"
                 continue
             self.kinds[name] = kind
-            if before & trace.pooled:
+            if before & pooled:
                 yield f"{name}: after a maximum, a product or another function"
             elif self.kinds[name] is None and before != {0}:
                 yield f"{name}: its current is no map of spikes of one step"
@@ -257,34 +126,15 @@ class OverTime:
         """Whether the current of a layer in step t is the same map of frame t, but for its shift,
         for all t; asked of event frames [N, T, *].
         """
-        if self._frame_by_frame is None:
-            self._frame_by_frame = self._find_frame_by_frame()
-        return self._frame_by_frame.get(name, False)
-
-    def _find_frame_by_frame(self) -> dict[str, bool]:
-        """The same of every layer."""
-        trace = _FrameTrace(self.neurons, self._factors)
-        frame = self.maps.frame
-        self.maps.run(trace)
-        only_frames: dict[str, bool] = {}
-        own: dict[str, list[Tensor]] = {}
-        sizes: dict[str, list[Tensor]] = {}
-        for number, call in enumerate(trace.calls):
-            if call.by is None:
-                continue
-            shift = by_step(self.maps.shift(number, 1), 1, call.batch_dim)
-            scales = _factors_of(self._factors, call.first, len(call.current))
-            scaled = (call.current - shift) / column(scales, call.current[0])
-            own.setdefault(call.by, []).append(scaled)
-            sizes.setdefault(call.by, []).append(call.size)
-            only_frames[call.by] = only_frames.get(call.by, True) and call.leaves == {0}
-        found = {}
-        for layer, parts in own.items():
-            steps = torch.cat(parts)
-            has_all_frames = len(steps) == frame.shape[0]
-            same = is_rounding(steps - steps[:1], torch.cat(sizes[layer]))
-            found[layer] = only_frames[layer] and has_all_frames and same
-        return found
+        if self._framed is None:
+            self._framed = self.maps.structure(framed=True)
+        calls = [call for call in self._framed.calls if call.by == name]
+        steps = sum(len(call.step) for call in calls)
+        return (
+            steps == self.maps.frame.shape[0]
+            and all(call.leaves == {0} for call in calls)
+            and are_steps(calls)
+        )
 
     def trains(
         self, spiking: SpikingBounds, T: int, *, current: Interval, error: float
@@ -344,7 +194,6 @@ class JointRun(BoundedRun):
         """Nothing has run yet; ``given`` is what a :class:`BoundedRun` may be told."""
         super().__init__(neurons, samples, **given)
         self.over_time = over_time
-        over_time.maps.tell_layouts(self)
         self.layer_calls: list[LayerCall] = []
         self.memories = {name: Memory(SpikeTrains(Windows(KEPT))) for name in neurons}
         self.changes: dict[str, list[Changes]] = {name: [] for name in neurons}
@@ -383,10 +232,8 @@ class JointRun(BoundedRun):
         memory.errors += error
         memory.error = max(memory.error, float(error.max()))
         self.changes[name] += self._changes(call, len(error))
-        if self.over_time.kinds[name] == "constant":
+        if self.has_chain(spiking):
             memory.known += self._chain(spiking, memory).steps()
-        if first == 0:
-            spiking.start(x_seq.low[0])
         found = self._bounded(spiking, memory)
         shape = current.low.shape[1:]
         steps = kept_steps(found, shape)[first:]
@@ -410,6 +257,10 @@ class JointRun(BoundedRun):
         trains = memory.trains
         constants = constants_of(spiking, len(memory.currents))
         x = _rows(memory.rounded)
+        errors = torch.stack([error.flatten() for error in memory.errors])
+        if spiking.head_start:
+            constants = replace(constants, gains=(1.0, *constants.gains[1:]))
+            x, errors = _with_head_start(spiking, x, errors)
         check_finite(x, constants)
         currents = Currents(low=x.low, high=x.high)
         if memory.known:
@@ -427,10 +278,9 @@ class JointRun(BoundedRun):
         for name, part in vars(currents).items():
             if part is not None:
                 of_some[name] = part.index_select(1, some)
-        errors = [error.flatten()[some] for error in memory.errors]
         with_sums = Currents(
             **of_some,
-            error=torch.stack(errors),
+            error=errors.index_select(1, some),
             sums_low=sums.low,
             sums_high=sums.high,
         )
@@ -607,8 +457,12 @@ class JointRun(BoundedRun):
         """The same of all windows so far, those of earlier calls among them."""
         memory = self.memories[dynamics.neuron.name]
         listed = memory.trains.windows.listed(len(memory.currents))
-        memory.sums.append(self._sums(dynamics, some, first=first))
-        memory.summed += [(a, t) for a, t in listed if t >= first]
+        new = [(a, t) for a, t in listed if t >= first]
+        sums = self._sums(dynamics, some, first=first)
+        if dynamics.head_start:
+            sums = _from_the_start(dynamics, sums, torch.tensor(new))
+        memory.sums.append(sums)
+        memory.summed += new
         if len(memory.sums) == 1:
             return memory.sums[0]
         every = _together(*memory.sums)
@@ -680,6 +534,11 @@ class JointRun(BoundedRun):
             return in_layout(part.expand(shape), leaf.batch_dim)
 
         return Bounds(placed(mean_of_each.centre), placed(mean_of_each.radius), run=means)
+
+    def has_chain(self, dynamics: SpikingBounds) -> bool:
+        """Whether a layer's trains are those of a constant current from rest on."""
+        is_constant = self.over_time.kinds[dynamics.neuron.name] == "constant"
+        return is_constant and not dynamics.head_start
 
     def _chain(self, dynamics: SpikingBounds, memory: Memory) -> Interval:
         """Spikes [steps of this call, N, *] of the trains that a constant current can cause."""
@@ -808,35 +667,21 @@ def _rows(steps: list[Interval]) -> Interval:
     return stacked(steps).each(lambda end: end.flatten(1))
 
 
-def _kind(calls: list[_Call], shifts: list[Tensor], factors: Tensor) -> _Kind | None:
+def _kind(calls: list[ReadCall]) -> _Kind | None:
     """How a layer's current depends on time; see :class:`OverTime`."""
-    reference = calls[0].current[:1]
-    shape = reference.shape[1:]
-    if any(call.current.shape[1:] != shape for call in calls):
+    if any(call.form.shape[1:] != calls[0].form.shape[1:] for call in calls):
         return None
-    currents = torch.cat([call.current for call in calls])
-    size = torch.cat([call.size for call in calls])
-    if is_rounding(currents - reference, size):
+    if are_same(calls):
         return "constant"
-    shift = torch.cat(shifts)
-    scales = _factors_of(factors, 0, len(currents))
-    own = (currents - shift) / column(scales, currents[0])
-    same_map = is_rounding(own - own[:1], size)
-    same_shift = is_rounding(shift - shift[:1], size)
-    return "steps" if same_map and same_shift else None
+    return "steps" if are_steps(calls) and not any(call.mixed for call in calls) else None
 
 
-def _run_together(calls: list[_Call], steps_of_leaf: dict[int, int]) -> bool:
+def _run_together(calls: list[ReadCall], steps_of_leaf: dict[int, int]) -> bool:
     """Whether every call of a layer has as many steps as each leaf but the images that it depends
     on, so that sums of the leaf's steps can stand in their place.
     """
-    numbers = [(len(call.current), call.leaves - {0}) for call in calls]
+    numbers = [(len(call.step), call.leaves - {0}) for call in calls]
     return all(steps_of_leaf[leaf] == steps for steps, leaves in numbers for leaf in leaves)
-
-
-def _factors_of(factors: Tensor, first: int, steps: int) -> Tensor:
-    numbers = torch.arange(first, first + steps, device=factors.device)
-    return factors[numbers % len(factors)]
 
 
 def _power_of_two(value: float) -> float:
@@ -860,6 +705,29 @@ def window_weights(dynamics: SpikingBounds, windows: Tensor, steps: int) -> Tens
     inside = (age >= 0) & (number >= first)
     kept = decay ** age.clamp(min=0)
     return inside * kept * torch.stack(gains)
+
+
+def _from_the_start(dynamics: SpikingBounds, sums: Interval, windows: Tensor) -> Interval:
+    """Sums of windows (a, t) with what is left of the potential before the first step."""
+    kept = _as_double(dynamics.charging.decay) ** (windows[:, 1] + 1) * (windows[:, 0] == 0)
+    left = (dynamics.initial - dynamics.rest) * kept.unsqueeze(1).to(sums.low)
+    return Interval(sums.low + left, sums.high + left)
+
+
+def _with_head_start(
+    spiking: Float32Spiking, x: Interval, errors: Tensor
+) -> tuple[Interval, Tensor]:
+    """Currents and their errors, both [T, M], of a neuron that starts at rest and has a gain of 1
+    in the first step, if it charges there what this one does, with what float32 rounds of it.
+    """
+    gain = spiking.gain_at(0)
+    charged = _multiples(errors.new_tensor([gain]), Interval(x.low[:1], x.high[:1]))
+    rounded = charge_rounding(charged.size() + abs(spiking.initial) + abs(spiking.rest))
+    low = charged.low + spiking.head_start - rounded
+    high = charged.high + spiking.head_start + rounded
+    first_error = abs(gain) * errors[:1] + rounded
+    every = Interval(torch.cat([low, x.low[1:]]), torch.cat([high, x.high[1:]]))
+    return every, torch.cat([first_error, errors[1:]])
 
 
 def _with_one_budget(

@@ -13,7 +13,6 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Constants
 from sj_robust.proofs._scipy import scipy_module
-from sj_robust.proofs.bounds import by_row, laid_out
 from sj_robust.proofs.changes import Changes
 from sj_robust.proofs.joint import JointRun, LayerCall, OverTime
 from sj_robust.proofs.maps import Maps
@@ -22,6 +21,7 @@ from sj_robust.proofs.points import Points
 from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.spiking import Float32Spiking
+from sj_robust.proofs.structure import by_row, laid_out
 from sj_robust.proofs.windows import constants_of
 
 __all__ = ["Programs"]
@@ -677,8 +677,8 @@ class _Program:
 
     def _charged(self, layer: "_Layer", step: "_Step", current: _Affine, rounding: Any) -> _Affine:
         """The charged potentials h of a step."""
-        at_rest = self.constant(np.full(len(rounding), layer.constants.rest))
-        before = at_rest if layer.potential is None else layer.potential
+        start = self.constant(np.full(len(rounding), layer.initial))
+        before = start if layer.potential is None else layer.potential
         decay = layer.constants.decay
         charged = current.times(step.gain).plus(before.times(decay))
         towards_rest = (1.0 - decay) * layer.constants.rest
@@ -822,11 +822,13 @@ class _Layer:
 
     Attributes:
         constants: Its numbers.
+        initial: Its potential before the first step.
         steps: Bounds of its steps over all calls.
         potential: Its potential so far; None before the first step.
     """
 
     constants: Constants
+    initial: float
     steps: list[_Step]
     potential: _Affine | None = None
 
@@ -846,7 +848,7 @@ class _Layer:
         for t in reversed(range(len(memory.steps))):
             kept = memory.steps[t]
             gain = constants.gains[t]
-            before = memory.steps[t - 1].v.size() if t else abs(constants.rest)
+            before = memory.steps[t - 1].v.size() if t else abs(spiking.initial)
             size = before + abs(gain) * memory.rounded[t].size() + abs(constants.rest)
             step = _Step(
                 gain=gain,
@@ -859,7 +861,7 @@ class _Layer:
             )
             open_later = open_later | step.is_open
             steps.insert(0, step)
-        return cls(constants, steps)
+        return cls(constants, spiking.initial, steps)
 
 
 def _wide(matrix: Any, size: int) -> Any:

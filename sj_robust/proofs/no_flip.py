@@ -456,7 +456,7 @@ def _steps(
     module = neuron.module
     charging = neuron.charging()
     decay = charging.decay_value
-    v = torch.full_like(x_seq[0], module.v_reset or 0.0)
+    v = torch.full_like(x_seq[0], neuron.initial)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
     for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
         gain = float(charging.gain_at(t, input_gain=True))

@@ -41,6 +41,9 @@ class _State:
     call: int
 
 
+_NO_SHAPE = torch.Size()
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One operation of a program.
@@ -53,6 +56,7 @@ class Operation:
         where: The module in or behind which it stands.
         truth: Whether it gives True and False.
         writes: Whether torch writes the result into the first argument.
+        shape: Of the result, or of its first part.
     """
 
     func: Any
@@ -61,6 +65,7 @@ class Operation:
     where: str = ""
     truth: bool = False
     writes: bool = False
+    shape: torch.Size = _NO_SHAPE
 
     @property
     def values(self) -> list[Value]:
@@ -385,7 +390,7 @@ class Record(TorchFunctionMode):
         if first is None:
             raise self.refusal(f"{name}, a number that depends on the input")
         truth = first.dtype == torch.bool
-        operation = Operation(func, given, named, self._where, truth, bool(written))
+        operation = Operation(func, given, named, self._where, truth, bool(written), first.shape)
         self._add(operation, found)
         return found
 
@@ -462,7 +467,7 @@ class Record(TorchFunctionMode):
             with self.paused():
                 given = self.value_of(x)
                 found = forward(x, *args, **kwargs)
-            self._add(Operation(function, (given,), {}, self._where), found)
+            self._add(Operation(function, (given,), {}, self._where, shape=found.shape), found)
             return found
 
         return called
@@ -475,17 +480,15 @@ class Record(TorchFunctionMode):
             raise self.refusal(_changes(name))
         v = neuron.module.v
         call = self._calls[name]
-        rest = neuron.module.v_reset or 0.0
         if call and self._values.get(id(v)) != _State(name, call):
             raise self.refusal(
                 f"the layer {name}, which is reset, or whose state is set, between two calls of "
                 "one forward: use a neuron of its own for each"
             )
         is_constant = not isinstance(v, Tensor) or not self.moves(v)
-        if not call and not (is_constant and bool((torch.as_tensor(v) == rest).all())):
+        if not call and not (is_constant and bool((torch.as_tensor(v) == neuron.initial).all())):
             raise self.refusal(
-                f"the layer {name}, whose v is not v_reset before its first step: set v_reset when "
-                "it is built, and no v in a forward"
+                f"the layer {name}, whose v is set before its first step: set no v in a forward"
             )
         if isinstance(neuron.module, DLIFNode) and neuron.time_step != self._steps[name]:
             raise self.refusal(f"the layer {name}, whose time step is set, between two calls")

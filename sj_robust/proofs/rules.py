@@ -38,7 +38,6 @@ from sj_robust.proofs.values import (
     is_truth,
     new_leaf,
     run_of,
-    size_of_constant,
 )
 
 __all__ = [
@@ -77,10 +76,7 @@ def _affine(
         shift = shift.to(x.centre.dtype)
         centre = centre + shift
     if x.run is not None and x.run.points:
-        size = centre.detach().new_zeros(())
-        if x.run.sized:
-            size = absolute(x.radius) + shift.abs()
-        return Bounds(centre, size, run=x.run)
+        return Bounds(centre, centre.detach().new_zeros(()), run=x.run)
     growth = gamma(terms)
     if x.run is not None and x.run.narrow:
         # what the sums of both, and of this, round is at most twice growth; it is in the radius,
@@ -435,8 +431,6 @@ def _part(value: Any, part: str, run: Run | None) -> Any:
         if not value.is_floating_point():
             value = value.to(torch.float32 if run is None else run.dtype)
         value = constant(value, run)
-        if part == "radius":
-            return size_of_constant(value, run)
         return value if part == "centre" else torch.zeros_like(value)
     if type(value) in (tuple, list):
         return type(value)(_part(item, part, run) for item in value)

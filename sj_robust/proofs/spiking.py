@@ -148,6 +148,7 @@ class SpikingBounds(ABC):
         v_reset = neuron.module.v_reset
         self.soft = v_reset is None
         self.rest = 0.0 if self.soft else float(v_reset)
+        self.initial = float(neuron.initial)
         self.threshold = float(neuron.module.v_threshold)
         self.above = self.threshold
         self.below = self.threshold
@@ -183,8 +184,13 @@ class SpikingBounds(ABC):
 
     def start(self, like: Tensor) -> Interval:
         """The potential before the first step, one number for all neurons."""
-        rest = like.new_tensor(self.rest)
-        return Interval(rest, rest)
+        initial = like.new_tensor(self.initial)
+        return Interval(initial, initial)
+
+    @property
+    def head_start(self) -> float:
+        """What the first charge has beyond that of a neuron at rest."""
+        return self.charging.decay_value * (self.initial - self.rest)
 
     def charged(
         self, v: Interval, x: Interval, *, decay: float | Tensor, gain: float | Tensor

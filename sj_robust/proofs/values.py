@@ -37,7 +37,6 @@ __all__ = [
     "reshaped",
     "rule_of",
     "run_of",
-    "size_of_constant",
 ]
 
 Pooling = Callable[[Tensor], Tensor]
@@ -93,11 +92,6 @@ class Run(Protocol):
 
     points: bool
     """Whether leaves are single values, so that values have no width and nobody asks for errors."""
-
-    sized: bool
-    """Whether, in a run of points, radii hold the sums of absolute values ``|A| |z| + |b|`` that
-    rounding is relative to; otherwise they are zero there.
-    """
 
     dtype: torch.dtype
     """Of the network."""
@@ -161,8 +155,7 @@ class Bounds:
 
     Args:
         centre: Middle of the values.
-        radius: How far the exact value can be from it; broadcast. In a run of points see
-            :class:`Run`.
+        radius: How far the exact value can be from it; broadcast.
         error: How far float32 can be from the exact value; broadcast, None for values that are
             exact.
         run: The run whose leaves ``centre`` depends on.
@@ -353,13 +346,7 @@ def as_bounds(value: Any, run: Run | None, like: Tensor) -> Bounds:
     if isinstance(value, Bounds):
         return value
     centre = constant(value, run).to(like)
-    return Bounds(centre, size_of_constant(centre, run), run=run)
-
-
-def size_of_constant(value: Tensor, run: Run | None) -> Tensor:
-    """The radius of a constant: none, or in a sized run of points its size."""
-    is_sized = run is not None and run.points and run.sized
-    return value.abs() if is_sized else torch.zeros_like(value)
+    return Bounds(centre, torch.zeros_like(centre), run=run)
 
 
 def centre_of_either(a: Any, b: Any) -> Tensor:

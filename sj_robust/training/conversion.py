@@ -65,10 +65,10 @@ def convert(
 
     Equation: with the ``quantile`` s of the positive activations of a ReLU on the images ``x``, or
     the threshold of a :class:`sj_robust.defences.ClippedReLU`, an IF neuron with a soft reset and
-    threshold 1 takes its place, whose input and output carry the scale, and half a threshold is
-    spread over the steps::
+    threshold 1 takes its place, whose input and output carry the scale, and which begins half a
+    threshold above rest::
 
-        h[t] = v[t-1] + current / s + 1 / (2 T),    a = s * spikes,    v[t] = h[t] - spikes[t]
+        v[-1] = 1 / 2,    h[t] = v[t-1] + current / s,    a = s * spikes,    v[t] = h[t] - spikes[t]
 
     so that the number of spikes in T steps of a constant current is the activation divided by s,
     rounded to a multiple of 1 / T and clipped to [0, 1]. In the first layer it is exactly that; in
@@ -76,10 +76,10 @@ def convert(
     convolution or linear layer before and into the weights behind a neuron, where a module of its
     own has them alone; elsewhere, as around the sum of a residual network, a :class:`Rescale` is
     added. A network of this package keeps its modules, and its weights fit
-    ``NetworkSpec(neuron="dlif", tau=math.inf, options={"v_reset": None})``.
+    ``NetworkSpec(neuron="dlif", tau=math.inf, options={"v_reset": None, "v_init": 0.5})``.
 
     Unlike ``spikingjelly.activation_based.ann2snn``, neurons are DLIF with all gains 1 (so stages
-    run in one pass and gains can be trained), half a threshold is added, and a network of which an
+    run in one pass and gains can be trained), begin at half a threshold, and a network of which an
     operation is not kept by counts of spikes is refused.
 
     Args:
@@ -102,8 +102,9 @@ def convert(
             range.
 
     Source: Rueckauer et al., "Conversion of continuous-valued deep networks to efficient
-        event-driven networks" (Frontiers in Neuroscience 2017); half a threshold: Deng and Gu
-        (ICLR 2021); robust networks by conversion: Ozdenizci and Legenstein (TMLR 2024).
+        event-driven networks" (Frontiers in Neuroscience 2017); half a threshold: Bu et al.,
+        "Optimized potential initialization for low-latency spiking neural networks" (AAAI
+        2022); robust networks by conversion: Ozdenizci and Legenstein (TMLR 2024).
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -140,22 +141,21 @@ def convert(
 
 
 class Rescale(nn.Module):
-    """A scale per channel and a constant, around a neuron whose neighbours cannot hold them.
+    """A scale per channel, beside a neuron whose neighbours cannot hold it.
 
-    Equation: ``x * scale + shift``; shapes [T, N, C, *] or [N, C, *] as ``scale`` [C, 1, ...].
+    Equation: ``x * scale``; shapes [T, N, C, *] or [N, C, *] as ``scale`` [C, 1, ...].
     """
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor, shift: float = 0.0) -> None:
-        """Keep both; see the class."""
+    def __init__(self, scale: Tensor) -> None:
+        """Keep the scale; see the class."""
         super().__init__()
         self.register_buffer("scale", scale)
-        self.shift = shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scaled and shifted."""
-        return x * self.scale + self.shift
+        """Scaled."""
+        return x * self.scale
 
 
 class _Tracer(fx.Tracer):
@@ -252,10 +252,10 @@ class _Traced:
         shape = (-1, *[1] * (self.values[node].ndim - self._channel - 1))
         mode = "m" if self.multi_step else "s"
         like = self.values[node]
-        neuron = DLIFNode(T, tau=math.inf, v_reset=None, step_mode=mode).to(like)
+        neuron = DLIFNode(T, tau=math.inf, v_reset=None, v_init=0.5, step_mode=mode).to(like)
         parts: list[nn.Module] = [neuron]
-        if not self._scaled_before(node, 1.0 / scale, 0.5 / T):
-            parts.insert(0, Rescale((1.0 / scale).view(shape), 0.5 / T))
+        if not self._scaled_before(node, 1.0 / scale):
+            parts.insert(0, Rescale((1.0 / scale).view(shape)))
         if not self._scaled_behind(node, scale):
             parts.append(Rescale(scale.view(shape)))
         self._put(node, parts[0] if len(parts) == 1 else nn.Sequential(*parts))
@@ -274,16 +274,16 @@ class _Traced:
         owner, _, attribute = name.rpartition(".")
         setattr(self.root.get_submodule(owner), attribute, spiking)
 
-    def _scaled_before(self, node: Node, scale: Tensor, shift: float) -> bool:
-        """Whether the module before a ReLU could take the scale and the constant."""
+    def _scaled_before(self, node: Node, scale: Tensor) -> bool:
+        """Whether the module before a ReLU could take the scale."""
         producer = _inputs(node)[0]
         module: Any = self._own_module(producer)
         if module is None or len(producer.users) > 1 or getattr(module, "weight", None) is None:
             return False
         if not isinstance(module, (*CONVOLUTIONS, *NORMS, nn.Linear)):
             return False
-        bias = torch.zeros_like(scale) if module.bias is None else module.bias
-        module.bias = nn.Parameter(bias * scale + shift)
+        if module.bias is not None:
+            module.bias *= scale
         module.weight *= scale.view(-1, *[1] * (module.weight.ndim - 1))
         return True
 

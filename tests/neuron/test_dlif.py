@@ -86,13 +86,15 @@ def test_surrogates_are_recognised_by_exact_class_and_constant_sharpness():
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, 0.25])
-@pytest.mark.parametrize("training", [True, False])
-def test_gains_of_one_are_lif_without_decay_input(v_reset, training):
+@pytest.mark.parametrize(("training", "v_init"), [(True, None), (False, 0.4)])
+def test_gains_of_one_are_lif_without_decay_input(v_reset, training, v_init):
     torch.manual_seed(0)
     T = 8
     arguments = {"tau": 4.0, "v_reset": v_reset, "step_mode": "m", "store_v_seq": True}
     lif = neuron.LIFNode(decay_input=False, **arguments).train(training)
-    dlif = DLIFNode(T=T, **arguments).train(training)
+    if v_init is not None:
+        lif.set_reset_value("v", v_init)
+    dlif = DLIFNode(T=T, v_init=v_init, **arguments).train(training)
     x = torch.randn(T, 3, 400, dtype=torch.float64) * 0.7 + 0.2
     assert torch.equal(run(dlif, x), run(lif, x))
     assert_close(dlif.v_seq, lif.v_seq, rtol=0, atol=1e-12)

@@ -18,7 +18,7 @@ from sj_robust.neuron import DLIFNode, dlif_to_lif, replace_neurons
 
 
 def make():
-    return nn.Sequential(
+    net = nn.Sequential(
         nn.Linear(4, 6),
         neuron.LIFNode(tau=3.0, v_threshold=0.5, v_reset=None, step_mode="m"),
         nn.Linear(6, 6),
@@ -28,6 +28,9 @@ def make():
         nn.Linear(6, 6),
         neuron.LIFNode(tau=2.0, decay_input=True, v_threshold=0.2, v_reset=-0.1, step_mode="m"),
     )
+    net[3].set_reset_value("v", 0.3)
+    net[3].reset()
+    return net
 
 
 def make_lively():

@@ -285,7 +285,7 @@ def check(seed: int, points: int, norm: str = "Linf") -> Counter:
     total = Counter(inputs=0, networks=1, verified=sum(result.verified))
     try:
         with sums_of_products(x.device):
-            maps = Maps(partial(bounded_logits, model), neurons, x[0])
+            maps = Maps(model, neurons, x[0])
             wide = WatchedRun(neurons, len(x))
             wider = bounded_logits(model, wide, x, ball)
             run = WatchedJointRun(neurons, len(x), over_time=OverTime(maps, model.T))

@@ -20,6 +20,13 @@ def with_gains(**options):
     return node
 
 
+def starting_at(potential, node):
+    """A neuron that a reset brings to a potential other than v_reset."""
+    node.set_reset_value("v", potential)
+    node.reset()
+    return node
+
+
 NEURONS = {
     "IF": neuron.IFNode,
     "LIF": neuron.LIFNode,
@@ -29,6 +36,7 @@ NEURONS = {
     "PLIF": neuron.ParametricLIFNode,
     "DLIF": partial(with_gains, tau=4.0),
     "DLIF soft": partial(with_gains, tau=10.0, v_reset=None, v_threshold=0.6),
+    "DLIF from 0.5": lambda: starting_at(0.5, with_gains(tau=4.0)),
 }
 
 
@@ -81,6 +89,7 @@ SAMPLED = [
     (convolutional, "PLIF", "m"),
     (residual, "DLIF", "m"),
     (spikes_at_the_end, "DLIF soft", "s"),
+    (convolutional, "DLIF from 0.5", "s"),
 ]
 """Every neuron, in some network and step mode."""
 QUICK = [SAMPLED[0], SAMPLED[2], SAMPLED[7]]

@@ -4,7 +4,6 @@ in them are noticed.
 
 import random
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import pytest
@@ -48,7 +47,7 @@ ERROR = 2.0**-19
 def over_time(model, x):
     neurons = bounded_neurons(model)
     with full_precision(x.device):
-        return OverTime(Maps(partial(bounded_logits, model), neurons, x[0]), model.T)
+        return OverTime(Maps(model, neurons, x[0]), model.T)
 
 
 def joint_run(model, x, eps):

@@ -54,10 +54,11 @@ def assert_broken(model, x, y, eps, z):
     assert float(z.max()) <= 1
 
 
-LATTICE = [(1, 0.02, "LIF"), (2, 0.1, "DLIF"), (3, 0.3, "LIF soft"), (3, 0.1, "LIF reset to 0.2")]
+LATTICE = [(1, 0.02, "LIF"), (2, 0.1, "DLIF"), (4, 0.2, "DLIF from 0.5"), (3, 0.3, "LIF soft")]
+LATTICE += [(3, 0.1, "LIF reset to 0.2")]
 
 
-@pytest.mark.parametrize(("seed", "eps", "node"), mostly_slow(LATTICE, quick=LATTICE[:2]))
+@pytest.mark.parametrize(("seed", "eps", "node"), mostly_slow(LATTICE, quick=LATTICE[:3]))
 def test_every_method_agrees_with_a_lattice_and_the_program_decides(seed, eps, node):
     model = small(NEURONS[node], seed=seed)
     x = pixels(2, seed=seed)

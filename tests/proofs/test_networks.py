@@ -191,6 +191,7 @@ ROWS = {
         0.01,
         SOME,
     ),
+    "two levels": (lambda: with_node(fires(0.9), v_reset=0.8), FEW, 0.01, SOME),
     "softplus": (lambda: soft(20.0), SUMS, 0.1, SOME),
     "a negative divisor, far": (averaged, 0.5 * EVEN, 0.02, [1]),
     "a negative divisor, near": (averaged, EVEN, 0.02, [0]),
@@ -488,10 +489,6 @@ REFUSED = {
         "the encoder PoissonEncoder",
     ),
     "smooth": (lambda: with_node(neuron.IFNode(surrogate_function=SMOOTH)), "does not spike"),
-    "two levels": (
-        lambda: with_node(neuron.IFNode(step_mode="m"), v_reset=0.8),
-        "does not spike as its charge",
-    ),
     "a potential that is set": (lambda: three(sets_v), "set .* no v in a forward"),
     "a negative decay": (lambda: with_node(neuron.LIFNode(), tau=0.5), "decay is negative"),
     "two thresholds": (

@@ -57,7 +57,7 @@ def proved_lead(model, x, y, eps, *, method="joint"):
         if method == "ibp":
             run = BoundedRun(neurons, len(x))
         else:
-            maps = Maps(bounded, neurons, x[0])
+            maps = Maps(model, neurons, x[0])
             run = JointRun(neurons, len(x), over_time=OverTime(maps, model.T))
         logits = bounded(run, x, eps)
         return run.lead(logits, y)

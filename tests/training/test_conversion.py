@@ -115,7 +115,7 @@ def test_the_first_layer_counts_its_activations_rounded(quantile, T):
 def test_a_network_of_the_package_fits_its_specification_and_is_used_as_any_other():
     twin, x = twin_and_images("small")
     spiking = convert(twin, x, T=5)
-    spec = NetworkSpec(T=5, tau=math.inf, options={"v_reset": None}, **SPEC)
+    spec = NetworkSpec(T=5, tau=math.inf, options={"v_reset": None, "v_init": 0.5}, **SPEC)
     built = build_classifier(spec).eval()
     built.load_state_dict(spiking.state_dict())
     assert torch.equal(built(x), spiking(x))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from sj_robust.core.threat import Threat, ThreatModel, as_threat
 from sj_robust.evaluation.result import Row
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.proofs import verify
-from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
+from sj_robust.proofs.bounds import bounded_neurons
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.mip import Programs
@@ -183,7 +182,7 @@ class _Small:
         modules = [neuron.module for neuron in neurons.values()]
         if device_of(model) != x.device or _spikes(model, modules, x[:1]) > _SPIKES:
             raise NotImplementedError
-        maps = Maps(partial(bounded_logits, model, programs={}), neurons, x[0])
+        maps = Maps(model, neurons, x[0])
         self.programs = Programs(OverTime(maps, model.T), Points(model, ball.eps))
 
     def witness(self, image: Tensor, label: Tensor, nodes: int) -> Tensor | None:
