@@ -18,7 +18,6 @@ import sj_robust
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 SHARED = {
     "sj_robust": {"importlib", "TYPE_CHECKING", "Any"},
     "sj_robust.classifier": {"as_classifier", "check_classifier", "step_mode_of"},
@@ -116,18 +115,3 @@ def imported(nodes):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def test_the_way_to_deprecate_a_name_works(tmp_path, monkeypatch):
-    """The text on the page, as the end of a module."""
-    flags = re.DOTALL | re.MULTILINE
-    (text,) = re.findall(r"^```python\n(.*?)^```", COMPATIBILITY, flags)
-    (tmp_path / "module_that_lost_a_name.py").write_text(text, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module("module_that_lost_a_name")
-    message = "became pgd .* will be removed in .* import pgd from sj_robust.attacks"
-    with pytest.warns(DeprecationWarning, match=message) as caught:
-        assert module.linf_pgd is sj_robust.attacks.pgd
-    assert caught[0].filename == __file__, "the warning points at the line that uses the name"
-    with pytest.raises(AttributeError, match="module_that_lost_a_name.* no attribute 'pgd'"):
-        _ = module.pgd

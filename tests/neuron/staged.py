@@ -13,15 +13,15 @@ from sj_robust.neuron.fusion import plain_names
 T = 4
 
 
-def network(**norm):
+def network():
     torch.manual_seed(0)
     net = nn.Sequential(
         layer.Conv2d(2, 6, 3, padding=1),
-        layer.BatchNorm2d(6, **norm),
+        layer.BatchNorm2d(6),
         DLIFNode(T=T, v_reset=None),
         nn.Sequential(
             layer.Conv2d(6, 5, 2),
-            layer.BatchNorm2d(5, **norm),
+            layer.BatchNorm2d(5),
             DLIFNode(T=T, surrogate_function=surrogate.ATan()),
             layer.AvgPool2d(2),
         ),
@@ -30,9 +30,8 @@ def network(**norm):
         DLIFNode(T=T),
     )
     functional.set_step_mode(net, "m")
-    for module in net.modules():
-        if isinstance(module, DLIFNode):
-            nn.init.uniform_(module.input_gain, 0.5, 1.5)
+    for node in neurons_of(net):
+        nn.init.uniform_(node.input_gain, 0.5, 1.5)
     return net
 
 
@@ -43,9 +42,9 @@ class Noisy(DLIFNode):
         return 0.5 * super().forward(x_seq)
 
 
-def both(**norm):
+def both():
     """The same network plain and fused."""
-    plain = network(**norm)
+    plain = network()
     fused = copy.deepcopy(plain)
     assert fuse(fused).stages == {"1": ("1", "2"), "3.1": ("3.1", "3.2", "3.3")}
     return plain, fused
@@ -66,7 +65,7 @@ def step(net, x, train=True):
     """Outputs, gradients and state of a pass over one batch."""
     functional.reset_net(net)
     net.train(train).zero_grad()
-    x = x.clone().requires_grad_()
+    x = x.to(net[0].weight.dtype, copy=True).requires_grad_()
     out = net(x)
     weighted_sum(out).backward()
     names = plain_names(net)
@@ -75,7 +74,16 @@ def step(net, x, train=True):
         found[names[name]] = parameter.grad
     for name, buffer in net.named_buffers():
         found[f"state {names[name]}"] = buffer.clone()
+    for index, node in enumerate(neurons_of(net)):
+        found[f"potential {index}"] = node.v.detach()
+        if node.store_v_seq:
+            found[f"potentials {index}"] = node.v_seq.detach()
     return found
+
+
+def neurons_of(net):
+    """The spiking layers."""
+    return [module for module in net.modules() if isinstance(module, DLIFNode)]
 
 
 def weighted_sum(out):
@@ -86,10 +94,10 @@ def weighted_sum(out):
 def assert_same(actual, wanted):
     assert actual.keys() == wanted.keys()
     assert torch.equal(actual["out"], wanted["out"])
+    exact = wanted["out"].dtype == torch.float64
+    limits = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-5}
     for name, tensor in wanted.items():
-        assert_close(
-            actual[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        assert_close(actual[name], tensor, **limits, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def three(build):

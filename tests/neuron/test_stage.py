@@ -12,11 +12,9 @@ from neuron.staged import (
     assert_same,
     both,
     first_parts,
-    forward_and_backward,
     network,
     sequence,
     step,
-    three,
 )
 from ops.calls import needs_kernel
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -31,20 +29,54 @@ from sj_robust.ops.bn_dlif import dispatch
 from sj_robust.ops.dlif import cpp
 
 
-@needs_kernel
-@pytest.mark.parametrize(
-    "norm",
-    [
-        {},
-        {"momentum": None},
-        {"affine": False},
-        {"track_running_stats": False},
-        {"momentum": 0.5, "eps": 0.1},
-    ],
-    ids=str,
-)
-def test_results_and_state_are_unchanged(passes, norm):
-    plain, fused = both(**norm)
+def changed(position, **attributes):
+    """Attributes of one of the network's modules that are set before it is fused."""
+
+    def change(net):
+        for name, value in attributes.items():
+            setattr(net[position], name, value)
+
+    return change
+
+
+def in_double(net):
+    net.double()[2].store_v_seq = True
+
+
+def without_norms(net):
+    net[1] = net[3][1] = nn.Identity()
+
+
+WITHOUT_STATISTICS = {"track_running_stats": False, "running_mean": None, "running_var": None}
+UNCOUNTED = {"num_batches_tracked": None}
+
+NETWORKS = {
+    "as it is": (changed(1), 2, 1),
+    "plain average": (changed(1, momentum=None), 2, 1),
+    "other constants": (changed(1, momentum=0.5, eps=0.1), 2, 1),
+    "not affine": (changed(1, weight=None, bias=None), 2, 1),
+    "without statistics": (changed(1, **WITHOUT_STATISTICS), 2, 1),
+    "statistics that stay": (changed(1, track_running_stats=False), 2, 1),
+    "without a counter": (changed(1, **UNCOUNTED), 2, 1),
+    "plain average without a counter": (changed(1, **UNCOUNTED, momentum=None), 2, 1),
+    "float64 with potentials": (in_double, 2, 1),
+    "pooling without batch norm": (without_norms, 0, 1),
+    "another backend": (changed(2, backend="eager"), 1, 1),
+    "a surrogate without a kernel": (changed(2, surrogate_function=surrogate.LeakyKReLU()), 1, 1),
+    "a smooth surrogate": (changed(2, surrogate_function=surrogate.ATan(spiking=False)), 1, 1),
+}
+"""What is changed before a network is fused; batch norms and poolings of each of its passes that
+run with their neuron.
+"""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_results_and_state_are_unchanged(passes, name):
+    change, norms, pools = NETWORKS[name]
+    plain = network()
+    change(plain)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
     assert list(plain_names(fused).values()) == list(plain.state_dict())
     for batch in range(3):
         x = torch.randn(T, 3, 2, 8, 8, generator=torch.Generator().manual_seed(batch))
@@ -53,23 +85,8 @@ def test_results_and_state_are_unchanged(passes, norm):
         with torch.no_grad():  # as an optimiser does between two batches
             for parameter in (*plain.parameters(), *fused.parameters()):
                 parameter.mul_(1.1)
-    assert (passes.fused, passes.pooled) == (3 * 2 * 2, 3 * 2)
-
-
-@needs_kernel
-def test_float64_potentials_are_those_of_the_plain_network(passes):
-    plain = network().double()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
-    nodes = [first_parts(net)[1] for net in (fused, plain)]
-    for node in nodes:
-        node.store_v_seq = True
-    x = torch.randn(T, 3, 2, 8, 8, dtype=torch.float64)
-    assert_same(step(fused, x), step(plain, x))
-    assert_close(nodes[0].v_seq, nodes[1].v_seq, rtol=0, atol=1e-12)
-    assert_close(nodes[0].v, nodes[1].v, rtol=0, atol=1e-12)
-    assert nodes[0].time_step == nodes[1].time_step == T
-    assert passes.fused == 2
+    runs = 6 if cpp.unavailable_reason() is None else 0
+    assert (passes.fused, passes.pooled) == (runs * norms, runs * pools)
 
 
 @needs_kernel
@@ -256,59 +273,6 @@ def test_where_nothing_could_be_joined_the_run_is_no_reason():
 
 
 @pytest.mark.parametrize(
-    "prevent",
-    [
-        lambda node: setattr(node, "backend", "eager"),
-        lambda node: setattr(node, "surrogate_function", surrogate.LeakyKReLU()),
-        lambda node: setattr(node, "surrogate_function", surrogate.ATan(spiking=False)),
-    ],
-    ids=["backend", "surrogate", "smooth surrogate"],
-)
-def test_runs_one_after_the_other_where_there_is_no_kernel(passes, prevent):
-    plain, fused = both()
-    for net in (plain, fused):
-        prevent(first_parts(net)[1])
-    x = sequence(T, 3, 2, 8, 8)
-    assert_same(step(fused, x), step(plain, x))
-    assert passes.fused == (cpp.unavailable_reason() is None)  # the other pair
-
-
-@needs_kernel
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("attribute", ["num_batches_tracked", "track_running_stats"])
-def test_a_batch_norm_without_a_counter_counts_nothing(passes, attribute, momentum):
-    results = []
-    for build in (Stage, nn.Sequential):
-        net, children = three(build)
-        norm = children["norm"]
-        norm.momentum = momentum
-        setattr(norm, attribute, None if attribute == "num_batches_tracked" else False)
-        results.append([*forward_and_backward(net), norm.running_mean, norm.running_var])
-        counted = norm.num_batches_tracked
-        assert counted is None if attribute == "num_batches_tracked" else counted == 0
-    assert_close(*results)
-    assert passes.fused == 1
-
-
-@needs_kernel
-def test_pooling_without_a_batch_norm(passes):
-    torch.manual_seed(0)
-    plain = nn.Sequential(
-        layer.Conv2d(2, 6, 3),
-        DLIFNode(T=T),
-        layer.AvgPool2d(2),
-        layer.Flatten(),
-        layer.Linear(54, 8),
-    )
-    functional.set_step_mode(plain, "m")
-    fused = copy.deepcopy(plain)
-    assert fuse(fused).stages == {"1": ("1", "2")}
-    x = sequence(T, 3, 2, 9, 9)
-    assert_same(step(fused, x), step(plain, x))
-    assert (passes.fused, passes.pooled) == (0, 1)
-
-
-@pytest.mark.parametrize(
     "pool",
     [
         layer.AvgPool2d(3),
@@ -326,14 +290,6 @@ def test_other_windows_run_apart(pool):
     net = nn.Sequential(DLIFNode(T=T), pool)
     assert fuse(net).stages == {}
     assert type(net[0]) is DLIFNode
-
-
-def test_a_plane_that_is_too_small_to_pool_gets_the_answer_of_torch():
-    net = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T), layer.AvgPool2d(2))
-    functional.set_step_mode(net, "m")
-    fuse(net)
-    with pytest.raises(RuntimeError, match="Output size is too small"):
-        net(sequence(T, 3, 2, 1, 5))
 
 
 @needs_kernel
@@ -401,128 +357,66 @@ def images(steps=T, samples=3):
     return sequence(steps, samples, 2, 8, 8)
 
 
-def too_many_steps(net):
-    net(images(steps=T + 1))
+def spoiled(net, part, name, value):
+    """The network with another attribute of its first batch norm (0) or neuron (1)."""
+    setattr(first_parts(net)[part], name, value)
+    return net
 
 
-def more_steps_than_are_left(net):
-    net(images(steps=3))
-    net(images(steps=3))
-
-
-def another_batch_size(net):
-    net(images(steps=1, samples=3))
-    net(images(steps=1, samples=5))
-
-
-def no_reset(net):
-    twice(net, reset=False)
-
-
-def second_derivative(net):
+def twice_differentiated(net):
     x = images().requires_grad_()
     torch.autograd.grad(net(x).sum(), x, create_graph=True)
 
 
-def another_number_of_channels(net):
-    net[1:](sequence(T, 3, 5, 8, 8))
-
-
-def no_time(net):
-    net[1:](sequence(3, 6, 8, 8))
-
-
-def one_value_a_channel(net):
-    net[1:3](sequence(1, 1, 6, 1, 1))
-
-
-def mean_without_variance(net):
-    first_parts(net)[0].running_var = None
-    net(images())
-
-
-def variance_without_mean_in_evaluation(net):
-    net.eval()
-    first_parts(net)[0].running_mean = None
-    net(images())
-
-
-def integers(net):
-    net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64))
-
-
-def no_step_mode(net):
-    first_parts(net)[1].step_mode = "x"
-    net(images())
-
-
 def batch_of_gradients(net):
     spikes = net(images())
-    weight = next(net.parameters())
     batch = torch.ones(2, *spikes.shape)
-    torch.autograd.grad(spikes, weight, batch, is_grads_batched=True)
+    torch.autograd.grad(spikes, next(net.parameters()), batch, is_grads_batched=True)
 
 
 MISTAKES = {
-    batch_of_gradients: "no batch of gradients .*backend='reference'",
-    too_many_steps: f"T={T} time steps, but its input .* has 5",
-    more_steps_than_are_left: r"step 6 .*3 taken .*reset_net",
-    another_batch_size: r"state has shape .*reset_net",
-    no_reset: r"reset_net\(net\) before every new sequence",
-    second_derivative: "differentiable once.*backend='reference'",
-    another_number_of_channels: "running_mean should contain 5 elements",
-    no_time: r"expected x with shape \[T, N, C, H, W\]",
-    one_value_a_channel: "Expected more than 1 value per channel",
-    mean_without_variance: "running_mean and running_var must either both be None or neither",
-    variance_without_mean_in_evaluation: "running_mean must be defined in evaluation mode",
-    integers: "not implemented for 'Long'",
-    no_step_mode: "x",
+    "too many steps": lambda net: net(images(steps=T + 1)),
+    "more steps than are left": lambda net: [net(images(steps=3)) for _ in range(2)],
+    "another batch size": lambda net: [net(images(1, samples)) for samples in (3, 5)],
+    "no reset": lambda net: twice(net, reset=False),
+    "second derivative": twice_differentiated,
+    "batch of gradients": batch_of_gradients,
+    "another number of channels": lambda net: net[1:](sequence(T, 3, 5, 8, 8)),
+    "no time": lambda net: net[1:](sequence(3, 6, 8, 8)),
+    "one value a channel": lambda net: net[1:3](sequence(1, 1, 6, 1, 1)),
+    "no place to pool": lambda net: net[3:](sequence(T, 3, 6, 2, 5)),
+    "integers": lambda net: net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64)),
+    "mean without variance": lambda net: spoiled(net, 0, "running_var", None)(images()),
+    "variance alone": lambda net: spoiled(net.eval(), 0, "running_mean", None)(images()),
+    "no step mode": lambda net: spoiled(net, 1, "step_mode", "x")(images()),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
-    plain = network()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
-    before = {name: buffer.clone() for name, buffer in fused.named_buffers()}
-    assert answer(mistake, fused) == answer(mistake, plain)
-    if mistake is too_many_steps and cpp.unavailable_reason() is None:
-        for name, buffer in fused.named_buffers():
-            assert torch.equal(buffer, before[name])
-
-
-def answer(mistake, net):
-    """Type and text of the error."""
-    errors = (RuntimeError, ValueError, NotImplementedError)
-    with pytest.raises(errors, match=MISTAKES[mistake]) as caught:
-        mistake(net)
-    return caught.type, str(caught.value)
+    answers = []
+    for net in both():
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as caught:
+            MISTAKES[mistake](net)
+        answers.append((caught.type, str(caught.value)))
+    assert answers[0] == answers[1]
 
 
 @needs_kernel
-def test_whether_one_pass_can_run_is_asked_once_per_call(passes, monkeypatch):
-    asked = []
-    reason = dispatch.unsupported_reason
-
-    def counted(*arguments):
-        asked.append(arguments)
-        return reason(*arguments)
-
-    monkeypatch.setattr(dispatch, "unsupported_reason", counted)
+def test_a_call_that_is_refused_moves_no_statistics():
     _, net = both()
-    step(net, sequence(T, 3, 2, 8, 8))
-    assert len(asked) == passes.fused == 2
+    with pytest.raises(RuntimeError, match=f"T={T}"):
+        net(images(steps=T + 1))
+    assert not first_parts(net)[0].running_mean.any()
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(5,), (7,)])
-def test_a_parameter_of_another_shape_is_refused(shape):
+@pytest.mark.parametrize("count", [5, 7])
+def test_a_parameter_of_another_shape_is_refused(count):
     _, net = both()
-    norm, _ = first_parts(net.eval())
-    norm.weight = nn.Parameter(torch.ones(shape))
-    with pytest.raises(ValueError, match=r"weight must be \[C\] = \[6\]"):
-        net(sequence(T, 3, 2, 8, 8))
+    spoiled(net, 0, "weight", nn.Parameter(torch.ones(count)))
+    with pytest.raises(ValueError, match="weight must"):
+        net.eval()(images())
 
 
 @needs_kernel

@@ -5,11 +5,9 @@ as in a plain network.
 import copy
 import io
 from itertools import product
-from typing import NamedTuple
 
 import pytest
 import torch
-from covering import every_pair
 from neuron.staged import (
     Noisy,
     T,
@@ -33,33 +31,6 @@ from sj_robust.neuron import DLIFNode, Stage, fuse
 from sj_robust.neuron.watching import Wants, watch
 from sj_robust.perturbation import MPPDMonitor
 
-
-class Owner:
-    """Whose method a hook is; its attributes mean nothing to a stage."""
-
-    def __init__(self, log, hook):
-        self.log = log
-        self.hook = hook
-        if hook.active != UNSET:
-            self.active = VALUES[hook.active]
-        if hook.needs_output != UNSET:
-            self.needs_output = VALUES[hook.needs_output]
-
-    def look(self, module, *values):
-        flat = [v.detach() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
-        self.log.append(Heard(self.hook, flat))
-
-
-UNSET = "unset"
-VALUES = {
-    "True": True,
-    "False": False,
-    "0": 0,
-    "None": None,
-    "tensor": torch.zeros(2),
-}
-"""What an attribute of a hook's owner may be."""
-
 KINDS = (
     "register_forward_hook",
     "register_forward_pre_hook",
@@ -70,68 +41,32 @@ KINDS = (
 CHILDREN = ("norm", "node", "pool")
 
 
-class Hook(NamedTuple):
-    """A kind of hook, the child that it is registered on, and attributes of its owner."""
-
-    kind: str
-    child: str
-    active: str = UNSET
-    needs_output: str = UNSET
+HOOKS = list(product(KINDS, CHILDREN))
 
 
-CHOICES = {
-    "kind": KINDS,
-    "child": CHILDREN,
-    "active": [UNSET, *VALUES],
-    "needs_output": [UNSET, *VALUES],
-}
-
-HOOKS = [Hook(*values) for values in every_pair(CHOICES)]
-
-
-class Heard(NamedTuple):
-    """A call of a hook: which one, and the tensors that it got."""
-
-    hook: Hook
-    tensors: list[torch.Tensor]
-
-
-def heard(net, children, hooks):
-    """What hooks see of a pass forth and back, in the order of their calls."""
+def heard(build, hooks):
+    """What hooks get in a pass forth and back, in the order of their calls."""
+    net, children = three(build)
     log = []
-    handles = []
     for hook in hooks:
-        register = getattr(children[hook.child], hook.kind)
-        handles.append(register(Owner(log, hook).look))
+        kind, child = hook
+
+        def look(module, *values, hook=hook):
+            tensors = [v.detach() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+            log.append((hook, tensors))
+
+        getattr(children[child], kind)(look)
     forward_and_backward(net)
-    for handle in handles:
-        handle.remove()
     return log
 
 
-def assert_heard(actual, wanted):
-    """The same values, call by call."""
-    for found, expected in zip(actual, wanted, strict=True):
-        assert all(map(torch.equal, found.tensors, expected.tensors))
-        assert len(found.tensors) == len(expected.tensors)
-
-
-def test_every_hook_is_called_as_in_a_sequential_whoever_owns_it():
-    fused = three(Stage)
-    plain = three(nn.Sequential)
-    wanted = {}
-    for kind, child in product(KINDS, CHILDREN):
-        wanted[kind, child] = heard(*plain, [Hook(kind, child)])
-    for hook in HOOKS:
-        found = heard(*fused, [hook])
-        assert [call.hook for call in found] == [hook]
-        assert_heard(found, wanted[hook.kind, hook.child])
-    for order in (HOOKS, HOOKS[::-1]):
-        found = heard(*fused, order)
-        expected = heard(*plain, order)
-        assert len(found) == len(HOOKS)
-        assert [call.hook for call in found] == [call.hook for call in expected]
-        assert_heard(found, expected)
+@pytest.mark.parametrize("hooks", [*([hook] for hook in HOOKS), HOOKS, HOOKS[::-1]], ids=str)
+def test_every_hook_is_called_as_in_a_sequential(hooks):
+    found, wanted = (heard(build, hooks) for build in (Stage, nn.Sequential))
+    assert len(found) == len(hooks)
+    for call, expected in zip(found, wanted, strict=True):
+        assert call[0] == expected[0]
+        assert_close(call[1], expected[1], rtol=0, atol=0)
 
 
 @needs_kernel
@@ -370,57 +305,43 @@ def monitored(net, monitor, x, x_perturbed):
 
 
 @needs_kernel
-@pytest.mark.parametrize("keep", ["loss", "statistics"])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(passes, keep, train):
+@pytest.mark.parametrize(
+    ("layers", "keep", "fused", "pooled"),
+    [
+        ("all", "loss", 4, 2),
+        ("all", "statistics", 0, 0),
+        ("last", "statistics", 4, 2),
+        ([0], "statistics", 2, 2),
+        ([1], "statistics", 2, 0),
+        ([1], "loss", 4, 2),
+        ([2], "statistics", 4, 2),
+    ],
+)
+def test_a_monitor_keeps_apart_only_what_it_has_to_see_apart(
+    passes, layers, keep, fused, pooled, train
+):
     results = []
     x = sequence(T, 3, 2, 8, 8).double()
-    x_perturbed = sequence(T, 3, 2, 8, 8).double().flip(-1)
     for net in both():
         net.double().train(train)
-        watched = layers_of(net)[1]
-        monitor = MPPDMonitor(net, layers=[watched], keep=keep)
-        with torch.no_grad():  # a sequence without a pair, as at the start of a training
-            net(x)
-        passes.fused = passes.pooled = 0
-        out = monitored(net, monitor, x, x_perturbed)
-        loss = monitor.loss([watched])
-        (loss + out.square().sum()).backward()
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        results.append(
-            [loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())]
-        )
-    assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
-    assert_close(*results, rtol=1e-9, atol=1e-12)
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    ("layers", "fused_passes"),
-    [("all", 0), ("last", 4), ("first", 2), ("third", 4)],
-)
-def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
-    plain, fused = (net.eval() for net in both())
-    x = torch.randn(T, 3, 2, 8, 8)
-    x_perturbed = torch.randn(T, 3, 2, 8, 8)
-    losses = []
-    for net in (plain, fused):
         names = layers_of(net)
-        chosen = {"first": names[:1], "third": names[2:]}.get(layers, layers)
-        own_passes = fused_passes if net is fused else 0
-        outside = own_passes + 2 if net is fused else 0
-        with MPPDMonitor(net, layers=chosen) as monitor:
+        chosen = layers if isinstance(layers, str) else [names[index] for index in layers]
+        with MPPDMonitor(net, layers=chosen, keep=keep) as monitor:
             for _ in range(2):  # the first run finds out which layer is the last
-                passes.fused = 0
-                monitored(net, monitor, x, x_perturbed)
-                order = monitor.execution_order
+                passes.fused = passes.pooled = 0
+                out = monitored(net, monitor, x, x.flip(-1))
+            assert monitor.execution_order == tuple(names)
+            counted = passes.fused, passes.pooled
+            loss = monitor.loss(names if layers == "all" else chosen)
+            (loss + out.square().sum()).backward()
             functional.reset_net(net)
-            losses.append(monitor.loss(names[2:] if layers == "all" else chosen))
-            assert order == tuple(names)
-            assert passes.fused == own_passes
             net(x)  # outside its contexts the monitor looks at nothing
-            assert passes.fused == outside
-    assert_close(*losses)
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        results.append([loss.detach(), out.detach(), *gradients, *net.buffers()])
+    assert counted == (fused, pooled)
+    assert passes.fused == fused + 2
+    assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 @needs_kernel

@@ -1,7 +1,7 @@
 """Wrong use of a recipe: a row of words, the exit code (2: refused before any work, 1: the work
 failed) and what the message names. Nothing is written, and nothing is left.
 
-What newcomers get wrong is in test_newcomer_mistakes.
+What newcomers get wrong with networks is in tests/test_newcomer_mistakes.py.
 """
 
 import shlex
@@ -19,6 +19,16 @@ from sj_robust.training import save_checkpoint
 RHO = "sweep --grid '{rho: [1, 2]}' "
 OWN = "evaluate --T 2 --eps 0.1 --network "
 ROWS = [
+    ("adv_train --learning-rate 0.1", 2, "--learning-rate"),
+    ("adv_train --epochs three", 2, "--epochs"),
+    ("adv_train --epochs 0", 2, "--epochs"),
+    ("adv_train --config mine.yaml", 2, "mine.yaml must"),
+    ("adv_train --dataset cifar", 2, "--dataset"),
+    ("adv_train --dataset fashion_mnist --data-root pictures", 1, "download=True"),
+    ("adv_train --dataset image_folder:pictures", 1, "train/CLASS"),
+    ("adv_train --eps 8 --no-reference", 2, "eps must"),
+    ("adv_train --model resnet18", 2, "network must"),
+    ("adv_train --resume", 1, "--output"),
     ("adv_train --batch-size 5000", 2, "batch_size"),
     ("adv_train --accumulate 3", 2, "batch_size"),
     ("adv_train --layers nowhere", 2, "nowhere"),
@@ -33,6 +43,12 @@ ROWS = [
     ("adv_train --augment-options '{1: 2}'", 2, "augment_options"),
     ("adv_train --augment-options '{rotation: 400}'", 2, "rotation"),
     ("adv_train --augment-options '{flip: maybe}'", 2, "flip"),
+    ("evaluate", 2, "--network"),
+    (OWN + "mynet.py:build", 1, "does not exist"),
+    (OWN + "torch.nn:Flatten --eps 8", 2, "eps must"),
+    ("evaluate --eps 0.1 --network spikingjelly.activation_based.neuron:LIFNode", 2, "T must"),
+    ("sweep", 2, "--sweep"),
+    ("sweep --jobs 0", 2, "--jobs"),
     ("evaluate --compare a b", 1, "a does not exist"),
     ("evaluate --suite slow", 2, "slow"),
     ("evaluate digits/dlif-certifed", 1, "'digits/dlif-certified'"),
@@ -112,6 +128,12 @@ WEAK = RHO + "--evaluations"
 ROWS += [(f"{WEAK} '{{{name}: {{suite: fast}}}}'", 2, "name of an evaluation") for name in NAMES]
 ROWS += [(f"{WEAK} '{{weak: {{{option}: x}}}}'", 2, option) for option in OWNED]
 ON_NETWORKS = [
+    ("adv_train --config mine.yaml", 2, "--learning-rate"),
+    ("adv_train --output own", 1, "--output"),
+    ("adv_train --output mine.yaml", 2, "--output"),
+    ("evaluate own/net/best.pt", 2, "cannot be read"),
+    ("evaluate theirs.pt", 2, "format mark"),
+    ("evaluate unlike.pt", 2, "size mismatch"),
     ("evaluate runs/one --network own_net:build", 2, "checkpoint"),
     ("evaluate nowhere.pt", 1, "runs/one/lif_none/best.pt"),
     ("evaluate runs", 1, "runs/one/lif_none/best.pt"),
@@ -187,12 +209,16 @@ def networks(folder):
     specs = {
         "wide": NetworkSpec(image_shape=(1, 9, 9)),
         "plain/lif/best": NetworkSpec(neuron="lif"),
+        "unlike": NetworkSpec(channels=(4, 4)),
     }
+    (folder / "mine.yaml").write_text("learning_rate: 0.1\n")
+    torch.save({"state_dict": {}}, folder / "theirs.pt")
     for name, spec in specs.items():
         path = folder / f"{name}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         description = {"network": asdict(spec), "options": {"dataset": "digits"}}
-        model = build_classifier(spec).state_dict()
+        built = NetworkSpec() if name == "unlike" else spec
+        model = build_classifier(built).state_dict()
         save_checkpoint(path, {"description": description, "model": model})
     (folder / "own" / "net").mkdir(parents=True)
     (folder / "own" / "net" / "best.pt").write_bytes(b"nothing")
