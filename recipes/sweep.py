@@ -148,13 +148,13 @@ def main(arguments: list[str]) -> None:
     with checked(), working("checking every run", console):
         planned = plan(options, folder)
     if not options.report:
+        with checked():
+            executor = executor_for(
+                folder, options.cluster, options.cluster_options, jobs=options.jobs
+            )
         folder.mkdir(parents=True, exist_ok=True)
         busy = f"{folder} is being written by another sweep; wait for it, or change --output"
         with locked(folder / ".lock", busy):
-            with checked():
-                executor = executor_for(
-                    folder, options.cluster, options.cluster_options, jobs=options.jobs
-                )
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
             kept = plain(options) | {"output": None, "report": False}
             write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))

@@ -119,6 +119,8 @@ ROWS = [
     (RHO + "--contrast roh", 2, "roh"),
     (RHO + "--contrast mode", 2, "mode"),
     (RHO + "--plot roh", 2, "roh"),
+    (RHO + "--cluster slurm", 2, "cluster slurm"),
+    (RHO + "--cluster-options '{slurm_qeue: gpu}'", 2, "slurm_qeue"),
 ]
 SEEDS = ("0", "[]", "[1, 1]", "[-1]", "[a]", "[0.5]")
 ROWS += [(f"{RHO} --seeds '{seeds}'", 2, "seeds") for seeds in SEEDS]

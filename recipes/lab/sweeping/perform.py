@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import submitit
@@ -63,15 +64,21 @@ def executor_for(
         "slurm_array_parallelism": jobs,
         **(options or {}),
     }
-    try:
-        executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
+
+    def made(place: Path | str) -> Any:
+        executor = submitit.AutoExecutor(place, cluster=cluster)
         executor.update_parameters(**parameters)
+        return executor
+
+    try:
+        with TemporaryDirectory() as elsewhere:  # submitit makes its folder before it refuses
+            made(elsewhere)
     except (AssertionError, NameError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"submitit cannot use cluster {cluster} with options {dict(options or {})}: "
             f"{' '.join(str(error).split())}"
         ) from error
-    return executor
+    return made(folder / "jobs")
 
 
 def perform_all(
