@@ -1,5 +1,5 @@
-"""No map that differs between time steps, samples or batches is taken for one that does not, however
-large the weights beside it; and loops over single steps are as well bounded as whole sequences.
+"""No map that differs between time steps, samples or batches is taken for one that does not,
+however large the weights beside it; and loops over single steps have the bounds of sequences.
 """
 
 import pytest
@@ -62,7 +62,7 @@ TRIED = [("ibp", 1e20), ("joint", 1e8), ("joint", 1e14), ("mip", 1e12)]
 
 
 def beside_a_weight(attack, size, *, behind):
-    """Logits, or the current of another layer, beside a large weight of a spike that never comes."""
+    """Logits, or the current of another layer, beside a weight of a spike that never comes."""
 
     def forward(net, x):
         found = attack(net, net.node(net.fc(x)), x)
@@ -95,6 +95,7 @@ def least_leads(model, x, y, eps, *, points=150):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_large_weight_hides_what_depends_on_steps_or_samples(name, behind):
     x = torch.rand(3, 2, generator=torch.Generator().manual_seed(2))
+    refused = ""
     for seed, (method, size) in enumerate(TRIED[:-1] if behind else TRIED):
         torch.manual_seed(seed)
         model = beside_a_weight(ATTACKS[name], size, behind=behind)
@@ -102,10 +103,11 @@ def test_no_large_weight_hides_what_depends_on_steps_or_samples(name, behind):
         try:
             result = verify(model, x, y, 0.1, method=method)
         except NotImplementedError as error:
-            assert "sample" in name or "no program" in str(error)
+            refused = str(error)
             break
         margin = torch.tensor(result.margin, dtype=torch.float64)
         assert (least_leads(model, x, y, 0.1) >= margin).all()
+    assert not refused or "sample" in name or "no program" in refused
 
 
 def steps_of(net, x):
