@@ -285,6 +285,8 @@ class Options:
     --moves is given; clean in mode none, verified in mode certified."""
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""
+    judged: Annotated[NonNegativeInt, Often(), Decides("nothing")] = 64
+    """Test images, from the first on, on which the suite fast says at the end what is left."""
     seed: Annotated[NonNegativeInt, Often()] = 0
     """Random seed."""
 
@@ -343,7 +345,7 @@ from sj_robust.data import Augmentation, ImageSplits, load_images
 from sj_robust.data.stored import contents
 from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
-from sj_robust.evaluation import Report
+from sj_robust.evaluation import Report, evaluate
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.build import NETWORKS, check_has_neuron, code_of, options_for_lif
 from sj_robust.models.checkpoint import check_same_run, load_run
@@ -492,6 +494,7 @@ def train_all(
     if warning is not None:
         journal.say(f"WARNING: {warning}")
     reports = []
+    judgements = []
     data = None
     for name, choice in networks.items():
         classifier, history = train_network(
@@ -525,6 +528,21 @@ def train_all(
                 environment=where,
             )
             reports.append(report)
+            if options.judged:
+                few = data.first(options.judged)
+                journal.say(f"evaluating {judged_name} with suite fast on {len(few.labels)} images")
+                judgements.append(
+                    evaluate(
+                        network,
+                        few,
+                        eps=threat,
+                        suite="fast",
+                        seed=options.seed,
+                        name=judged_name,
+                        dataset=options.dataset,
+                        progress=False,
+                    )
+                )
     if accelerator.is_main_process:
         report = reduce(Report.merged, reports)
         if warning is not None:
@@ -533,6 +551,10 @@ def train_all(
         report.plot(path=folder / "report.png")
         ended = f"report.json and report.png are in {folder}"
         journal.say("\n".join([report.table(), *report.warnings, ended]))
+    if judgements:
+        for one in judgements:
+            one.save(folder_of(one.name, folder) / "left.json")
+        journal.say("\n".join(f"{one.name}: {one.verdict}" for one in judgements))
 
 
 def train_network(

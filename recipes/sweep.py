@@ -253,6 +253,8 @@ def plan(options: Options, folder: Path) -> Plan:
         check_owned([*fixed, *grid[0], *cell.search[0], *skip.names])
         if "reference" in recipe.defaults:
             fixed.setdefault("reference", False)
+        if "judged" in recipe.defaults:
+            fixed.setdefault("judged", 0)
         settings = [(values, recipe.read(fixed | values)) for values in grid]
         settings = [one for one in settings if not skip.matches(one[1], cell.search[0])]
         if not settings:

@@ -46,6 +46,9 @@ class ClippedReLU(PerNeuron):
         [[0.0, 0.5, 2.0]]
     """
 
+    rectifies = True
+    """Proofs bound it as a network of ReLUs."""
+
     def __init__(
         self, levels: int | None = 4, threshold: float = 2.0, step_mode: str = "s"
     ) -> None:

@@ -108,9 +108,11 @@ def stepped(module: nn.Module) -> bool:
 
 def has_steps(net: nn.Module) -> bool:
     """Whether a network without neurons has something that bounds are known of: a surrogate that
-    spikes, or a ReLU. 是否含有阶跃或 ReLU。
+    spikes, a ReLU, or what says that it ``rectifies``. 是否含有阶跃或 ReLU。
     """
-    rectifies = any(isinstance(part, nn.ReLU) for part in net.modules())
+    rectifies = any(
+        isinstance(part, nn.ReLU) or getattr(part, "rectifies", False) for part in net.modules()
+    )
     return bool(spiking_surrogates(net)) or rectifies
 
 

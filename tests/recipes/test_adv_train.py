@@ -36,7 +36,7 @@ def build(classes, spiking_neuron):
     functional.set_step_mode(net, "m")
     return net
 """
-QUICK = split("--epochs 2 --train-limit 260 --test-limit 40 --channels 4 4")
+QUICK = split("--epochs 2 --train-limit 260 --test-limit 40 --channels 4 4 --judged 0")
 
 pytestmark = pytest.mark.slow
 
@@ -248,7 +248,9 @@ def test_a_network_of_ones_own_without_the_neuron_asked_for_is_refused(tmp_path)
 
 
 def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
-    in_process(tmp_path, *QUICK, *split("--mode twin_at --T 6 --levels 3 --no-reference"))
+    in_process(
+        tmp_path, *QUICK, *split("--mode twin_at --T 6 --levels 3 --no-reference --judged 6")
+    )
     folder = tmp_path / "runs" / "digits-dlif-twin_at-1"
     twin, spiking = (
         from_checkpoint(folder / name).model for name in ("clipped_relu_pgd_at", "dlif_twin_at")
@@ -259,6 +261,8 @@ def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
     assert torch.equal(spiking(x), convert(twin, x, T=6)(x))
     report = Report.load(folder / "report.json")
     assert report.variants == ("clipped_relu pgd_at", "dlif twin_at")
+    left = Report.load(folder / "dlif_twin_at" / "left.json")
+    assert (left.suite, len(left.labels), left.eps) == ("fast", 6, report.eps)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +307,7 @@ OF_SMALL_IMAGES = (
     "defences/stod",
     "defences/stog",
     "defences/tgo",
+    "twin/digits",
 )
 PRESETS = [CONFIGS / f"{name}.yaml" for name in OF_SMALL_IMAGES]
 
@@ -311,7 +316,7 @@ PRESETS = [CONFIGS / f"{name}.yaml" for name in OF_SMALL_IMAGES]
 def test_presets_train(tmp_path, path):
     write_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
-    options = (*split("--epochs 1 --train-limit 160 --test-limit 8 --data-root"), root)
+    options = (*split("--epochs 1 --train-limit 160 --test-limit 8 --judged 0 --data-root"), root)
     preset = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "thresholds" not in preset.get("model_options", {}):  # one for each channel
         options = (*options, *split("--channels 4 4"))
