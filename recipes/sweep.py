@@ -52,8 +52,9 @@ class Options:
     """Options of adv_train.py for all runs; they override --base. Those of the command line are
     added to those of a file."""
     grid: Annotated[dict[str, list[Any]], Yaml(dict), NamesCode()] = field(default_factory=dict)
-    """Values of each option of adv_train.py; every combination is run. "norm,rho" with values such
-    as [l1, 3] varies two options together."""
+    """Values of each option of adv_train.py; every combination is run, once where only ignored
+    options (rho with mode none) differ. "norm,rho" with values such as [l1, 3] varies two options
+    together."""
     seeds: Annotated[int | list[int], Yaml(int, list)] = 1
     """Number of seeds (0, 1, ...), or a list of seeds."""
     cells: Annotated[YamlDict, NamesCode()] = field(default_factory=dict)
@@ -61,9 +62,6 @@ class Options:
     options that override all others, and a search: one option with several values. With the
     first seed, a network is trained for each value; the value that is best on the validation images
     is used for all seeds."""
-    skip: Annotated[list[dict[str, Any]], Yaml(list)] = field(default_factory=list)
-    """Combinations to skip, such as {neuron: lif, rho: [1, 2]}. Combinations that differ only in
-    ignored options (rho with mode none) are run once."""
 
     # evaluation
     evaluate: tuple[str, ...] = ()
@@ -119,7 +117,6 @@ from lab.sweeping.report import Results, write_report
 from lab.sweeping.runs import (
     PlannedRun,
     Planner,
-    Skip,
     Trial,
     check_suite_is_run,
     compared,
@@ -241,7 +238,6 @@ def plan(options: Options, folder: Path) -> Plan:
             check_extra(evaluations[name]["suite"])
     cells = read_cells(options.cells)
     grid = expand(options.grid)
-    skip = Skip(options.skip, recipe)
     seeds = seeds_of(options.seeds)
     check_axes(options, recipe.defaults)
     base = base_options(options.base)
@@ -250,15 +246,12 @@ def plan(options: Options, folder: Path) -> Plan:
     for cell in cells:
         cell.check(grid[0])
         fixed = base | cell.preset | options.options | cell.options
-        check_owned([*fixed, *grid[0], *cell.search[0], *skip.names])
+        check_owned([*fixed, *grid[0], *cell.search[0]])
         if "reference" in recipe.defaults:
             fixed.setdefault("reference", False)
         if "judged" in recipe.defaults:
             fixed.setdefault("judged", 0)
         settings = [(values, recipe.read(fixed | values)) for values in grid]
-        settings = [one for one in settings if not skip.matches(one[1], cell.search[0])]
-        if not settings:
-            raise ValueError("skip leaves no combination of the grid; remove an entry")
         if len(cell.search) > 1:
             values = [(values, recipe.read(fixed | values)) for values in cell.search]
             tried = planner.plan(values, seeds[:1], {}, cell.name)
@@ -271,7 +264,6 @@ def plan(options: Options, folder: Path) -> Plan:
             settings = [(best | one, recipe.read(fixed | best | one)) for one, _ in settings]
         runs = planner.plan(settings, seeds, evaluations, cell.name, grid[0])
         found.runs.extend(runs)
-    skip.check_used()
     if options.cells:
         found.runs.sort(key=lambda one: int(one.options["seed"]))  # every cell with the first seed
     return found

@@ -2,7 +2,6 @@
 
 import csv
 from dataclasses import replace
-from pathlib import Path
 from shlex import split
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from fake_recipes import write_fakes
 from filelock import FileLock
 from lab.sweeping.perform import perform
 from lab.sweeping.report import Results, papers, plot_effect, published
-from lab.sweeping.runs import RECORD_FILE, RunRecord, Skip, load_recipe
+from lab.sweeping.runs import RECORD_FILE, RunRecord, load_recipe
 from scipy import stats
 
 from sj_robust.core.environment import CODE_KEY
@@ -266,34 +265,6 @@ def test_options_of_planned_runs(planned):
     assert found == [0, 1, 0, 1]
     # where no other value is asked for, modes still differ in nothing but the mode
     assert [run.options["rho"] for run in planned(grid, options={"rho": None})] == [None, None]
-
-
-MODES = {"mode": ["none", "at", "rat"], "rho": [0, 1, 2]}
-
-
-@pytest.mark.parametrize(
-    ("entry", "grid", "options", "left"),
-    [
-        ({"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}, MODES, {"neuron": "lif"}, 3),
-        ({"mode,rho": [["at", 1], ["rat", 2]]}, MODES, {}, 5),
-        ({"mode": "at", "rho": 1}, {"mode": ["at", "pgd_at"]}, {"rho": None}, 1),  # 1 with at
-        ({"rho": 0}, {"mode": ["at", "pgd_at"]}, {"rho": None}, 1),
-        ({"rho": None, "norm": "l2"}, {"norm": ["l1", "l2"]}, {"rho": None}, 1),
-        ({"eps": 0.0313725490196}, {"eps": ["8/255", 0.1]}, {}, 1),
-        ({"eps": ["8/255", 0.2]}, {"eps": ["8/255", 0.1]}, {}, 1),
-        # where norm has no effect, it is not the one that is skipped
-        ({"norm": "l1"}, {"norm,rho": [["l2", 0], ["l1", 1]]}, {}, 1),
-    ],
-)
-def test_skip(planned, entry, grid, options, left):
-    assert len(planned(grid, options=options, skip=[entry])) == left
-
-
-def test_an_option_that_is_searched_is_not_skipped_by_its_default(fakes):
-    recipe = load_recipe(Path(fakes["recipe"]))
-    skip = Skip([{"rho": 1}], recipe)
-    assert skip.matches(recipe.read({}))
-    assert not skip.matches(recipe.read({}), ["rho"])
 
 
 def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(planned):

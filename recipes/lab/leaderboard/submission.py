@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, comb, exp
+from math import ceil
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple, cast
 
 import torch
+from scipy.stats import hypergeom, poisson
 from torch import Tensor, nn
 
 from lab.evaluating import read_once
@@ -489,22 +490,15 @@ def _enough(total: int, forged: int) -> int:
     probability of 95 %; all of them if no number does.
     """
     forged = min(forged, total)
-    honest = total - forged
     for count in range(2, total + 1):
-        none = comb(honest, count)
-        one = forged * comb(honest, count - 1)
-        if none + one <= (1 - _NOTICED) * comb(total, count):
+        if hypergeom.cdf(1, total, forged, count) <= 1 - _NOTICED:
             return count
     return total
 
 
 def _at_least(count: int, expected: float) -> float:
     """Probability of as many events or more where so many are expected (Poisson)."""
-    term, fewer = exp(-expected), 0.0
-    for number in range(count):
-        fewer += term
-        term *= expected / (number + 1)
-    return 1 - fewer
+    return float(poisson.sf(count - 1, expected))
 
 
 def _own_secret() -> bytes:

@@ -427,66 +427,6 @@ def _imported(path: Path, name: str) -> ModuleType:
     return module
 
 
-class Skip:
-    """The entries of a sweep's option skip: combinations that have all values of one are not run.
-
-    A value of an entry may be a list of them. None is the value that it stands for, in an entry and
-    in a run.
-    """
-
-    def __init__(self, entries: Sequence[Any], recipe: Recipe) -> None:
-        """Check the entries.
-
-        Raises:
-            SystemExit: If an option is unknown or wrong, after a message.
-            ValueError: If an entry is no mapping, or empty.
-        """
-        self._recipe = recipe
-        self._choices: list[list[Combination]] = []
-        self._unused = dict(enumerate(entries))
-        for entry in entries:
-            given = mapping(entry, "an entry of skip")
-            if not given:
-                raise ValueError("an entry of skip needs an option or more, got an empty one")
-            lists = {
-                name: value if type(value) is list else [value] for name, value in given.items()
-            }
-            self._choices.append([self._read(choice) for choice in expand(lists)])
-
-    def _read(self, choice: Combination) -> Combination:
-        """A choice with its values as the recipe has them."""
-        options = self._recipe.read(choice, "skip")
-        return {name: getattr(options, name) for name in choice}
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the options in the entries."""
-        return {name for choice in itertools.chain(*self._choices) for name in choice}
-
-    def matches(self, options: Any, searched: Collection[str] = ()) -> bool:
-        """Whether these options of a run are skipped; those that a search has yet to choose match
-        no entry.
-        """
-        values = self._recipe.values(options)
-        matching = []
-        for number, choices in enumerate(self._choices):
-            for choice in choices:
-                same = self._recipe.values(replace(options, **choice)) == values
-                if same and choice.keys().isdisjoint(searched):
-                    matching.append(number)
-        for number in matching:
-            self._unused.pop(number, None)
-        return bool(matching)
-
-    def check_used(self) -> None:
-        """Raise ValueError if an entry has not matched any combination."""
-        for entry in self._unused.values():
-            raise ValueError(
-                f"an entry of skip must match a combination of the sweep, {entry} matches none; "
-                "correct it, or remove it"
-            )
-
-
 @dataclass(frozen=True)
 class PlannedRun:
     """A run of a sweep.
