@@ -107,10 +107,6 @@ def three(build):
     node = DLIFNode(T=2)
     pool = layer.AvgPool2d(2)
     nn.init.uniform_(node.input_gain, 0.5, 1.5)
-    return finished(build, norm, node, pool)
-
-
-def finished(build, norm, node, pool):
     net = Stage(node, norm=norm, pool=pool) if build is Stage else nn.Sequential(norm, node, pool)
     functional.set_step_mode(net, "m")
     return net, {"norm": norm, "node": node, "pool": pool}
