@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 
@@ -139,6 +140,13 @@ class GivesAnotherGradient(Around):
         return logits.detach() + other - other.detach()
 
 
+class StepsMoreForGradients(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.net.T + torch.is_grad_enabled()
+        functional.reset_net(self.net)
+        return self.net.net(x.expand(steps, *x.shape)).mean(0)
+
+
 class TurnsGradients(Around):
     """By a hook."""
 
@@ -252,6 +260,7 @@ FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "remembers in a module": RemembersInAModule,
     "caches": Caches,
     "knows that it is a copy": KnowsThatItIsACopy,
+    "steps more for gradients": StepsMoreForGradients,
     "turns gradients": TurnsGradients,
     "detaches most pixels": DetachesMostPixels,
     "counts": Counts,

@@ -34,6 +34,7 @@ FOUND = {
     "remembers": ("other_answers", 2),
     "gives another gradient": ("gradient_of_another", 2),
     "remembers in its copies": ("other_answers", 2),
+    "steps more for gradients": ("gradient_of_another", 2),
     "turns gradients": ("gradient_of_another", 2),
     "detaches most pixels": ("gradient_of_another", 2),
     "knows that it is a copy": ("other_answers", 2),

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, log
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple, cast
@@ -77,6 +77,8 @@ _MET = 128
 _CLOSEST = 6
 _OTHERS = 2
 """Undecided images that all attacks meet at once: those whose label leads the least, and others."""
+_AT_ONCE = 8
+"""Images of a sequential test that all attacks meet at once."""
 _STAGES = 3
 """Stages of a search over spikes that are run again at first, of seven, of up to ``_MET`` images;
 three of 64 have fallen in the later ones (recipes/studies/forgeries.py).
@@ -97,6 +99,8 @@ _FELL = 0.003
 """Share of honest undecided images that fall there: a second round of ``standard`` with other
 random numbers breaks 2.7 % (docs/results/rounds.csv), of which ``_OTHER`` meet others.
 """
+_FELL_ELSEWHERE = 0.027
+"""The same where all meet others, as in a report from a GPU."""
 _FELL_DRAWN = 0.1
 """The same for a network that draws random numbers."""
 _ROUNDED = 0.03
@@ -252,8 +256,9 @@ def evaluated_again(
     meets up to ``_MET`` undecided images. All attacks then meet a few of those, most of them images
     whose label leads the least; a long search over spikes ends early if the report is of few
     images. If one falls, they meet twice as many and go on to the end. Where every adversarial
-    image was the same, none may fall; elsewhere no more than rounding explains. Which images are
-    met follows from the outcome of every image in the report and from the secret.
+    image was the same, none may fall; elsewhere no more than rounding explains. Where most are
+    others, as on a GPU, a sequential test chooses how many images meet all attacks. Which images
+    are met follows from the outcome of every image in the report and from the secret.
 
     A network that shows signs of gradient masking here has to show them in the report, which then
     holds attacks on its plain copy.
@@ -354,6 +359,8 @@ class Rerun:
         same = sum(found[one].digest == told[one] for one in sample if one in found)
         others = len(sample) - same
         made_again = self.draws or _at_least(others, _OTHER * len(sample)) >= _WRONGED
+        if not made_again:
+            return self.from_elsewhere(secret, same)
         rate = _FELL_DRAWN if self.draws else _FELL
         expected = rate * len(undecided) if others or same < _ALIKE else 0.0
         left = [number for number in undecided if number in found]
@@ -361,21 +368,48 @@ class Rerun:
         fell = {number for number in left if found[number].digest}
         tried: set[int] = set()
         for more in (1, 2):
-            if not made_again or _at_least(len(fell), expected) < _WRONGED:
-                break
-            if more > 1 and not fell:
+            if _at_least(len(fell), expected) < _WRONGED or (more > 1 and not fell):
                 break
             closest = [number for number in left if number not in fell][: more * _CLOSEST]
             rest = shuffled(set(left).difference(fell, closest), report, secret)
             batch = [*closest, *rest[: more * _OTHERS]]
             tried.update(batch)
             fell |= self.broken(batch, more > 1)
-        remedy = "" if made_again else "; evaluate the network on a CPU with the releases here"
         return Check(
-            made_again and _at_least(len(fell), expected) >= _WRONGED,
+            _at_least(len(fell), expected) >= _WRONGED,
             f"attack again: of {len(sample)} adversarial images of the report, {same} were made "
-            f"again{remedy}; of {len(report.undecided)} undecided images, the first attack met "
+            f"again; of {len(report.undecided)} undecided images, the first attack met "
             f"{len(undecided)} and the others {len(tried)}, and {len(fell)} fell",
+        )
+
+    def from_elsewhere(self, secret: bytes, same: int) -> Check:
+        """Whether undecided images stay correct where adversarial images are others: all attacks
+        meet them until Wald's test decides between the share that other random numbers break and
+        that of a forgery; a report that has too few of them for a decision is refused.
+        """
+        report = self.report
+        forged = ceil(_INFLATED * len(report.labels)) / len(report.undecided)
+        forged = min(max(forged, 2 * _FELL_ELSEWHERE), 0.5)
+        falls = log(forged / _FELL_ELSEWHERE)
+        stands = log((1 - forged) / (1 - _FELL_ELSEWHERE))
+        honest, refused = log(1 - _NOTICED), log(_NOTICED / _WRONGED)
+        evidence = 0.0
+        fell: set[int] = set()
+        left = shuffled(report.undecided, report, secret)
+        met = 0
+        while met < len(left) and honest < evidence < refused:
+            batch = left[met : met + _AT_ONCE]
+            broken = self.broken(batch, True)
+            fell |= broken
+            met += len(batch)
+            evidence += falls * len(broken) + stands * (len(batch) - len(broken))
+        few = met == len(left) and honest < evidence < refused
+        remedy = "; evaluate more images, or on a CPU with the releases here" if few else ""
+        return Check(
+            evidence <= honest,
+            f"attack again: {same} adversarial images of the report were made again, as where "
+            f"torch rounds in another way; of {len(left)} undecided images, all attacks met {met}, "
+            f"and {len(fell)} fell{remedy}",
         )
 
     def met(self, numbers: Sequence[int]) -> dict[int, Met]:
