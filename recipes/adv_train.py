@@ -286,7 +286,8 @@ class Options:
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""
     judged: Annotated[NonNegativeInt, Often(), Decides("nothing")] = 64
-    """Test images, from the first on, on which the suite fast says at the end what is left."""
+    """Test images, from the first on, on which the suite fast (events: the suite events)
+    says at the end what is left."""
     seed: Annotated[NonNegativeInt, Often()] = 0
     """Random seed."""
 
@@ -530,13 +531,15 @@ def train_all(
             reports.append(report)
             if options.judged:
                 few = data.first(options.judged)
-                journal.say(f"evaluating {judged_name} with suite fast on {len(few.labels)} images")
+                suite: Literal["events", "fast"] = "events" if threat.of_events else "fast"
+                shown = f"evaluating {judged_name} with suite {suite} on {len(few.labels)} images"
+                journal.say(shown)
                 judgements.append(
                     evaluate(
                         network,
                         few,
                         eps=threat,
-                        suite="fast",
+                        suite=suite,
                         seed=options.seed,
                         name=judged_name,
                         dataset=options.dataset,

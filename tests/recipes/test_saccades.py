@@ -15,7 +15,7 @@ from sj_robust.models.checkpoint import save_checkpoint
 
 QUICK = split(
     "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 100 --test-limit 10 "
-    "--epochs 2 --optimizer adam --lr 0.01"
+    "--judged 2 --epochs 2 --optimizer adam --lr 0.01"
 )
 OPTIONS = ("--model-options", "{strides: [2], kernel_size: 4}")
 
