@@ -33,7 +33,15 @@ from sj_robust.proofs.spiking import (
     RealSpiking,
     SpikingBounds,
 )
-from sj_robust.proofs.structure import Forms, Layout, Structure, by_row, laid_out
+from sj_robust.proofs.structure import (
+    LAYOUTS,
+    Forms,
+    Layout,
+    Structure,
+    by_row,
+    laid_out,
+    layout_of,
+)
 from sj_robust.proofs.values import (
     Bounds,
     Function,
@@ -363,24 +371,12 @@ class BoundedRun:
 
     def _layout(self, rows: Tensor) -> tuple[int, torch.Size]:
         """Where the samples are, see :class:`Leaf`, in which shape, for those of all elements."""
-        rows = rows.contiguous()
-        possible = [Layout(1), Layout(0), Layout(-1), Layout(1, split=True), Layout(0, split=True)]
+        possible: tuple[Layout, ...] = LAYOUTS
         if self.layouts is not None:
-            number = len(self.laid)
-            possible = [self.layouts[number]] if number < len(self.layouts) else []
-        numbers = torch.arange(self.samples, device=rows.device)
-        for layout in possible:
-            shape = layout.shape(rows.shape, self.samples)
-            if shape is None:
-                continue
-            own = by_row(rows.reshape(shape), self.samples, layout.batch_dim)
-            if bool((own == along(numbers, 0, own.ndim)).all()):
-                self.laid.append(layout)
-                return layout.batch_dim, shape
-        raise NoBoundsError(
-            f"an operation on {tuple(rows.shape)} for {self.samples} samples, which must be [T, N, "
-            "*], [T * N, *] or [N, *], and the same in batches of every size"
-        )
+            possible = self.layouts[len(self.laid) : len(self.laid) + 1]
+        layout, shape = layout_of(rows, self.samples, possible)
+        self.laid.append(layout)
+        return layout.batch_dim, shape
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """Spikes of a layer, [T, N, *] as numbers, for its current in the next T steps."""

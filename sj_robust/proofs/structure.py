@@ -1,6 +1,6 @@
 """Of which samples and time steps the values of a program are functions, read from it alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,16 @@ from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import moved
 from sj_robust.proofs.values import RULES
 
-__all__ = ["Forms", "Layout", "ReadCall", "Structure", "by_row", "laid_out"]
+__all__ = [
+    "LAYOUTS",
+    "Forms",
+    "Layout",
+    "ReadCall",
+    "Structure",
+    "by_row",
+    "laid_out",
+    "layout_of",
+]
 
 _CONSTANT = -3.0
 """Step of what depends on no leaf."""
@@ -87,7 +96,32 @@ class Layout:
         return given if len(given) > last and given[last] == samples else None
 
 
-_LAYOUTS = [Layout(1), Layout(0), Layout(-1), Layout(1, split=True), Layout(0, split=True)]
+LAYOUTS = (Layout(1), Layout(0), Layout(-1), Layout(1, split=True), Layout(0, split=True))
+"""All that there are, the likeliest first."""
+
+
+def layout_of(
+    sample: Tensor, samples: int, possible: Sequence[Layout]
+) -> tuple[Layout, torch.Size]:
+    """The first layout in which every sample has what is its own, and the shape that it asks for.
+
+    Args:
+        sample: Number of the sample of each element; below 0 for what belongs to none.
+        samples: Number of samples.
+        possible: Layouts to choose from.
+    """
+    numbers = torch.arange(samples, device=sample.device).to(sample)
+    for layout in possible:
+        shape = layout.shape(sample.shape, samples)
+        if shape is None:
+            continue
+        own = by_row(sample.reshape(shape), samples, layout.batch_dim)
+        if bool(((own == along(numbers, 0, own.ndim)) | (own < 0)).all()):
+            return layout, shape
+    raise NoBoundsError(
+        f"an operation on {tuple(sample.shape)} for {samples} samples, which must be [T, N, "
+        "*], [T * N, *] or [N, *], and the same in batches of every size"
+    )
 
 
 class Forms:
@@ -627,25 +661,14 @@ class Structure:
 
     def _in_layout(self, x: _Labels, *, told: bool = True) -> tuple[_Labels, int]:
         """A value in a shape in which its samples have a dimension, and which one."""
-        possible = _LAYOUTS
+        possible: Sequence[Layout] = LAYOUTS
         if self.told is not None and told:
             number = len(self.layouts)
             possible = self.told.layouts[number : number + 1]
-        numbers = torch.arange(float(self.samples)).double()
-        for layout in possible:
-            shape = layout.shape(x.shape, self.samples)
-            if shape is None:
-                continue
-            laid = _reshaped(x, shape)
-            own = by_row(laid.sample, self.samples, layout.batch_dim)
-            if bool(((own == along(numbers, 0, own.ndim)) | (own < 0)).all()):
-                if told:
-                    self.layouts.append(layout)
-                return laid, layout.batch_dim
-        raise NoBoundsError(
-            f"an operation on {tuple(x.shape)} for {self.samples} samples, which must be [T, N, "
-            "*], [T * N, *] or [N, *], and the same in batches of every size"
-        )
+        layout, shape = layout_of(x.sample, self.samples, possible)
+        if told:
+            self.layouts.append(layout)
+        return _reshaped(x, shape), layout.batch_dim
 
     def _check_samples(self, x: _Labels, batch_dim: int) -> None:
         """Every sample's values are the same functions of that sample."""
