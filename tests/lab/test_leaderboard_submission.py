@@ -34,9 +34,11 @@ from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.request import Request
 from sj_robust.evaluation.result import Row
+from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import pretrained
 from sj_robust.models.shipped import pretrained_file
+from sj_robust.training import convert
 
 THREAT = ThreatModel("Linf", 0.1)
 SHIPPED = Path(__file__).parents[2] / "docs" / "results" / "leaderboard" / "dlif-at.json"
@@ -104,6 +106,19 @@ def test_a_report_of_a_shipped_network_is_attacked_again_and_taken(saved, tmp_pa
     path.write_text("{}")
     with pytest.raises(ValueError, match="holds another report of this name; give the network a"):
         take(given, checks, tmp_path / "board")
+
+
+def test_a_converted_network_meets_the_attacks_on_its_rates_again():
+    torch.manual_seed(0)
+    relus = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    x = torch.rand(4, 1, 2, 2)
+    mine = Subject("mine", convert(relus, x, T=4), "two layers")
+    data = Data.of_tensors(x, torch.arange(4), 4)
+    asked = Request("fast", THREAT, "noise", 4, proofs=False, control=False, checks=False)
+    made = assess(mine, data, asked)
+    again = [one.name for one in submission.Rerun.of(made, mine, data).members]
+    assert [row.member for row in made.attacks] == again
+    assert "transfer/apgd_ce" in again
 
 
 def test_another_network_than_the_reports_is_found(tmp_path):

@@ -8,13 +8,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, log
+from math import ceil, comb, exp, log
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple, cast
 
 import torch
-from scipy.stats import hypergeom, poisson
 from torch import Tensor, nn
 
 from lab.evaluating import read_once
@@ -47,6 +46,7 @@ from sj_robust.evaluation.run.suites import GRADES, UNSEARCHED, SuiteName, allow
 from sj_robust.evaluation.subject import Subject, describe_network, from_checkpoint
 from sj_robust.models import pretrained_networks
 from sj_robust.models.foreign import reason
+from sj_robust.models.rates import rate_twin
 from sj_robust.models.shipped import pretrained_file
 
 __all__ = [
@@ -324,6 +324,7 @@ class Rerun:
             eot_samples=gradient_draws(report.draws, threat),
             refused=refused(network.model, UNSEARCHED.get(report.suite, ())),
             batch_size=data.batch_size,
+            surrogate_model=rate_twin(network.model),
         )
         members = [member for member in suite.members if Asked(threat).keeps(member)]
         plain = allowed_by(network.plain, suite.plain, x) if report.masked else []
@@ -524,15 +525,22 @@ def _enough(total: int, forged: int) -> int:
     probability of 95 %; all of them if no number does.
     """
     forged = min(forged, total)
+    honest = total - forged
     for count in range(2, total + 1):
-        if hypergeom.cdf(1, total, forged, count) <= 1 - _NOTICED:
+        none = comb(honest, count)
+        one = forged * comb(honest, count - 1)
+        if none + one <= (1 - _NOTICED) * comb(total, count):
             return count
     return total
 
 
 def _at_least(count: int, expected: float) -> float:
     """Probability of as many events or more where so many are expected (Poisson)."""
-    return float(poisson.sf(count - 1, expected))
+    term, fewer = exp(-expected), 0.0
+    for number in range(count):
+        fewer += term
+        term *= expected / (number + 1)
+    return 1 - fewer
 
 
 def _own_secret() -> bytes:
