@@ -286,8 +286,8 @@ class Options:
     reference: Annotated[bool, Often(), Decides("nothing")] = True
     """Also train and evaluate an undefended LIF network."""
     judged: Annotated[NonNegativeInt, Often(), Decides("nothing")] = 64
-    """Test images, from the first on, on which the suite fast (events: the suite events)
-    says at the end what is left."""
+    """Number of test images on which the suite fast (with events: the suite events) is run at the
+    end; 0: none."""
     seed: Annotated[NonNegativeInt, Often()] = 0
     """Random seed."""
 
@@ -347,6 +347,7 @@ from sj_robust.data.stored import contents
 from sj_robust.defences import SurrogateOverlap
 from sj_robust.defences.stog import GateRates
 from sj_robust.evaluation import Report, evaluate
+from sj_robust.evaluation.run.data import Data
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.build import NETWORKS, check_has_neuron, code_of, options_for_lif
 from sj_robust.models.checkpoint import check_same_run, load_run
@@ -495,7 +496,7 @@ def train_all(
     if warning is not None:
         journal.say(f"WARNING: {warning}")
     reports = []
-    judgements = []
+    verdicts = []
     data = None
     for name, choice in networks.items():
         classifier, history = train_network(
@@ -530,22 +531,7 @@ def train_all(
             )
             reports.append(report)
             if options.judged:
-                few = data.first(options.judged)
-                suite: Literal["events", "fast"] = "events" if threat.of_events else "fast"
-                shown = f"evaluating {judged_name} with suite {suite} on {len(few.labels)} images"
-                journal.say(shown)
-                judgements.append(
-                    evaluate(
-                        network,
-                        few,
-                        eps=threat,
-                        suite=suite,
-                        seed=options.seed,
-                        name=judged_name,
-                        dataset=options.dataset,
-                        progress=False,
-                    )
-                )
+                verdicts.append(verdict_on(judged_name, network, data, threat, options, journal))
     if accelerator.is_main_process:
         report = reduce(Report.merged, reports)
         if warning is not None:
@@ -554,10 +540,33 @@ def train_all(
         report.plot(path=folder / "report.png")
         ended = f"report.json and report.png are in {folder}"
         journal.say("\n".join([report.table(), *report.warnings, ended]))
-    if judgements:
-        for one in judgements:
-            one.save(folder_of(one.name, folder) / "left.json")
-        journal.say("\n".join(f"{one.name}: {one.verdict}" for one in judgements))
+    for verdict in verdicts:
+        verdict.save(folder_of(verdict.name, folder) / "left.json")
+        journal.say(f"{verdict.name}: {verdict.verdict}")
+
+
+def verdict_on(
+    name: str,
+    network: SpikingClassifier,
+    data: Data,
+    threat: ThreatModel,
+    options: Options,
+    journal: training.Journal,
+) -> Report:
+    """What a quick suite leaves of a trained network, on the first test images."""
+    few = data.first(options.judged)
+    suite: Literal["events", "fast"] = "events" if threat.of_events else "fast"
+    journal.say(f"evaluating {name} with suite {suite} on {len(few.labels)} images")
+    return evaluate(
+        network,
+        few,
+        eps=threat,
+        suite=suite,
+        seed=options.seed,
+        name=name,
+        dataset=options.dataset,
+        progress=False,
+    )
 
 
 def train_network(
