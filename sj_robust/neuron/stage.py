@@ -15,7 +15,7 @@ from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
 from sj_robust.ops.bn_dlif import dispatch
 from sj_robust.ops.bn_dlif.config import BatchNorm
-from sj_robust.ops.dlif.config import DLIFConfig, Outputs
+from sj_robust.ops.dlif.config import DLIFConfig, Outputs, check_arguments
 
 __all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
 
@@ -212,7 +212,7 @@ class _OnePass:
         backend: str,
         **constants: Any,
     ) -> Outputs:
-        dispatch.check_call(x_seq, self.norm, gain, v_init)
+        check_arguments(x_seq, gain, v_init)
         outputs = dispatch.in_one_pass(
             x_seq,
             self.norm,

@@ -17,10 +17,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.bn_dlif.config import BatchNorm, repeat_step
-from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
+from sj_robust.ops.bn_dlif import dispatch, reference
+from sj_robust.ops.bn_dlif.config import BatchNorm, StageOutputs, repeat_step
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import HOST_NAMES
+from sj_robust.ops.dlif.config import HOST_NAMES, DLIFConfig
 
 needs_kernel = pytest.mark.skipif(
     cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason())
@@ -212,7 +212,7 @@ class Drawn:
                 of_norm = self.leaves.get("weight"), self.leaves.get("bias"), *self.running
                 norm = BatchNorm(*of_norm, use_batch_statistics=case.stage == "batch")
             stage = {"average_pool": case.pool, "store_current": case.stores}
-            found = batch_norm_dlif_multi_step(x_seq, norm, *given, **call, **stage)
+            found = stage_multi_step(x_seq, norm, *given, **call, **stage)
         named = zip(("spikes", "v", "v_seq", "current"), found, strict=False)
         return {name: output for name, output in named if output is not None}
 
@@ -230,6 +230,41 @@ class Drawn:
         gradients = dict(zip(self.leaves, found, strict=True))
         outputs = {name: output.detach() for name, output in outputs.items()}
         return Results(outputs, gradients, self.running)
+
+
+def stage_multi_step(
+    x_seq,
+    norm,
+    gain,
+    v_init=None,
+    *,
+    surrogate=None,
+    backend="auto",
+    average_pool=False,
+    store_v_seq=False,
+    store_current=False,
+    **neuron,
+):
+    """Batch norm, DLIF and pooling in one pass where it can be, else one after the other."""
+    surrogate = surrogate or Surrogate()
+    if dispatch.runs_in_one_pass(x_seq, norm, surrogate, average_pool, backend):
+        usual = {"v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
+        return dispatch.in_one_pass(
+            x_seq,
+            norm,
+            gain,
+            v_init,
+            config=DLIFConfig(**usual | neuron, surrogate=surrogate),
+            average_pool=average_pool,
+            store_v_seq=store_v_seq,
+            store_current=store_current,
+        )
+    assert backend != "cpp", "its kernel runs all of them in one pass"
+    currents = x_seq if norm is None else reference.normalise(x_seq, norm)
+    alone = {"surrogate": surrogate, "backend": backend, "store_v_seq": store_v_seq}
+    spikes, v, v_seq = dlif_multi_step(currents, gain, v_init, **alone, **neuron)
+    spikes = reference.pool(spikes) if average_pool else spikes
+    return StageOutputs(spikes, v, v_seq, currents if store_current else None)
 
 
 def results(backend, case, dtype=None, **on):

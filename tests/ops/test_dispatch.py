@@ -14,15 +14,11 @@ from sj_robust import doctor
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.bn_dlif.config import BatchNorm
-from sj_robust.ops.bn_dlif.dispatch import batch_norm_dlif_multi_step
 from sj_robust.ops.dlif import cpp, cupy_launch, operator, triton_launch
 from sj_robust.ops.dlif.operator import check_backend, choose_backend
 
 X = torch.zeros(3, 2)
 STEPS = torch.ones(3)
-CURRENTS = torch.zeros(3, 4, 5)  # of a stage
-NORM = BatchNorm(None, None, None, None, use_batch_statistics=True)
-OF_FOUR = BatchNorm(torch.ones(4), None, None, None, use_batch_statistics=True)
 CUSTOM = Surrogate("custom", function=torch.sigmoid)
 ON_GPU = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 F64_ON_GPU = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64)
@@ -30,10 +26,6 @@ F64_ON_GPU = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64
 
 def dlif(*tensors, **options):
     return dlif_multi_step(*tensors, **{"decay": 0.9, **options})
-
-
-def stage(*tensors, **options):
-    return batch_norm_dlif_multi_step(*tensors, decay=0.9, **options)
 
 
 def elsewhere(tensor):
@@ -55,13 +47,6 @@ for name in ("auto", "reference", "eager", "cpp"):
         ("shape of one step", dlif, (X, STEPS, STEPS), {}),
         ("backend must be one of", dlif, (X, STEPS), {"backend": "numpy"}),
         *PLACES,
-        (r"x_seq must be \[T, N, C, \*\]", stage, (X, NORM, STEPS), {}),
-        (r"\[T\] = \[3\], got \(2,\)", stage, (CURRENTS, NORM, STEPS[:2]), {}),
-        ("v_init must have the shape", stage, (CURRENTS, NORM, STEPS, STEPS), {}),
-        ("input_gain .* got meta", stage, (CURRENTS, NORM, elsewhere(STEPS)), {}),
-        ("more than one value per", stage, (CURRENTS[:1, :1], NORM, STEPS[:1]), {}),
-        (r"weight must be \[C\] = \[5\]", stage, (CURRENTS, OF_FOUR, STEPS), {}),
-        (r"average_pool .* \(3, 4, 5\)", stage, (CURRENTS, NORM, STEPS), {"average_pool": True}),
         ("must be given when use_batch", BatchNorm, (None, None, None, None, False), {}),
         ("kind must be one of", Surrogate, ("tanh",), {}),
         ("alpha must be finite and > 0", Surrogate, ("atan", 0.0), {}),
@@ -116,13 +101,6 @@ def test_a_named_backend_that_cannot_run_says_what_to_do_and_auto_takes_another(
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert choose_backend("auto", X, Surrogate()) == fastest
     assert choose_backend("auto", X, CUSTOM) == "reference"
-
-
-@needs_kernel
-def test_one_pass_needs_steps_without_gaps():
-    strided = torch.zeros(3, 4, 6, 5).transpose(2, 3)
-    with pytest.raises(ValueError, match="contiguous or channels last"):
-        stage(strided, NORM, STEPS, backend="cpp")
 
 
 # ---- the compiled library ----
