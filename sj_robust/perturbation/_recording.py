@@ -20,7 +20,7 @@ from sj_robust.perturbation.pair import LayerPair, NotFollowedError
 __all__ = ["Layers", "Recording", "RunKind"]
 
 Layers = Literal["last", "all"] | Sequence[str]
-RunKind = Literal["clean", "perturbed", "paired"]
+RunKind = Literal["clean", "perturbed"]
 _SKIPPING_HOOKS = "a functional forward, or a compilation before the monitor was attached"
 
 
@@ -64,7 +64,7 @@ class Recording:
             raise RuntimeError(
                 "perturbed() has no clean run to compare with: run the network inside clean() first"
             )
-        if kind != "perturbed":
+        if kind == "clean":
             self.forget()
         self.run = kind
         self._called = {}
@@ -91,8 +91,7 @@ class Recording:
         if not self.complete:
             raise RuntimeError(
                 "loss() needs two complete runs: run the network inside clean() and then "
-                "perturbed(), or over the concatenated batch inside paired(), with the monitor "
-                "enabled"
+                "perturbed(), with the monitor enabled"
             )
         layers = self._checked(layers)
         if layers == "all":
@@ -134,9 +133,7 @@ class Recording:
             if self._layers == "last":
                 self.pairs.clear()
             if name in self._followed():
-                self.pairs[name] = LayerPair(
-                    self._neurons[name], self.kept, paired=self.run == "paired"
-                )
+                self.pairs[name] = LayerPair(self._neurons[name], self.kept)
         if name in self.pairs:
             self._take(call, first_call)
         elif perturbed and self._layers != "last" and name in self._followed():
@@ -157,13 +154,11 @@ class Recording:
             self.without_graph.add(call.name)
         if self.run == "clean":
             pair.take_clean(x, spikes)
-        elif self.run == "perturbed":
-            pair.take_perturbed(x, spikes)
         else:
-            pair.take_paired(x, spikes)
+            pair.take_perturbed(x, spikes)
 
     def _finish(self, kind: RunKind) -> None:
-        if kind != "perturbed":
+        if kind == "clean":
             self._check_all_called(kind)
             self._find_order()
             if self._layers == "last":
@@ -173,7 +168,7 @@ class Recording:
                     f"no followed layer ran inside {kind}(): the network was not called there, "
                     f"or was called in a way that skips hooks ({_SKIPPING_HOOKS})"
                 )
-        if kind != "clean":
+        else:
             for pair in self.pairs.values():
                 pair.finish()
             self.complete = True

@@ -124,18 +124,17 @@ class MPPDMonitor:
     and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons are listed in
     :attr:`unsupported` with the reason; one warning names them.
 
-    There are three ways to use it:
+    There are two ways to use it:
 
     - ``monitor.compare(x, x_perturbed)`` runs the network twice and returns the statistics.
     - ``with monitor.clean(): ...`` and then ``with monitor.perturbed(): ...``, each holding one run
       of the network (one call, chunks, or T single steps), then :meth:`loss` or :meth:`statistics`.
-    - ``with monitor.paired(): ...`` contains one run over ``torch.cat((x, x_perturbed))``.
 
     Statistics are sums over all pairs of runs since :meth:`clear_recorded_data`. Currents and
     spikes of the clean run are kept until the perturbed run has used them; where gradients are
     enabled, the currents stay for :meth:`loss` until the next pair, ``loss(retain=False)``,
     :meth:`clear_recorded_data` or :meth:`close`. A neuron that is called more than once per time
-    step is followed call by call, just as its own state is. Calls outside the three contexts are
+    step is followed call by call, just as its own state is. Calls outside both contexts are
     ignored, and the network's outputs and gradients are the same with and without the monitor.
 
     Like a SpikingJelly monitor, it has ``monitored_layers``, ``monitor[name]`` (a list: the
@@ -310,12 +309,6 @@ class MPPDMonitor:
         is no perturbation; afterwards torch's generators go on from where it found them.
         """
         return self._running("perturbed")
-
-    def paired(self) -> AbstractContextManager[None]:
-        """Context of one run over a batch whose first half is clean and whose second half is
-        perturbed.
-        """
-        return self._running("paired")
 
     def loss(
         self,
@@ -519,9 +512,6 @@ class MPPDMonitor:
         """Let each forward of the network in a perturbed run draw what that of the clean run drew;
         afterwards torch's generators go on from where it found them.
         """
-        if kind == "paired":
-            yield
-            return
         drawn: list[RandomNumbers] = self._numbers if kind == "perturbed" else []
         self._numbers = drawn if kind == "clean" else []
         following = iter(drawn)

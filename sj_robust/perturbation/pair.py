@@ -23,16 +23,13 @@ class NotFollowedError(RuntimeError):
 
 
 class LayerPair:
-    """A clean and a perturbed run of one layer, one after the other or as the two halves of one
-    batch.
-    """
+    """A clean and a perturbed run of one layer, one after the other."""
 
-    def __init__(self, neuron: Neuron, kept: Kept, *, paired: bool) -> None:
-        """Nothing is kept yet; ``paired`` is whether one run holds both, clean samples first."""
+    def __init__(self, neuron: Neuron, kept: Kept) -> None:
+        """Nothing is kept yet."""
         self.neuron = neuron
         self.totals: LayerTotals | None = None
         self.trace: LayerTrace | None = None
-        self._paired = paired
         self._kept = kept
         self._start: tuple[float | Tensor, int]  # potential and time step before the run
         self._shape: torch.Size | None = None
@@ -65,9 +62,9 @@ class LayerPair:
         if not first_call:
             if not isinstance(v, Tensor):
                 raise RuntimeError(
-                    f"layer {self.neuron.name!r} was reset inside one run: clean(), perturbed() "
-                    "and paired() each hold one run of the network; leave the context before "
-                    "resetting and running again"
+                    f"layer {self.neuron.name!r} was reset inside one run: clean() and perturbed() "
+                    "each hold one run of the network; leave the context before resetting and "
+                    "running again"
                 )
             return
         start = (v.detach().clone() if isinstance(v, Tensor) else float(v), call.time_step)
@@ -123,42 +120,9 @@ class LayerPair:
             totals.step(x, spike, x_perturbed, spike_perturbed)
         totals.check_potential(self.neuron.module.v)
 
-    def take_paired(self, x_seq: Tensor, spike_seq: Tensor | None) -> None:
-        """Use a chunk [t, 2 N, *] whose first half of the batch is clean and whose second half is
-        perturbed.
-        """
-        self._check_batch(x_seq)
-        size = x_seq.shape[1]
-        if size % 2:
-            raise ValueError(
-                f"layer {self.neuron.name!r} gets a batch of {size}: paired() needs an even "
-                "batch, clean samples first and then as many perturbed ones, torch.cat((x, "
-                "x_perturbed))"
-            )
-        half = size // 2
-        start, _ = self._start
-        if (
-            not self._taken_steps
-            and isinstance(start, Tensor)
-            and not torch.equal(start[:half], start[half:])
-        ):
-            raise RuntimeError(
-                f"layer {self.neuron.name!r} starts with different states in the clean and the "
-                "perturbed half of the batch: call functional.reset_net(net) before the run"
-            )
-        self._taken_steps += len(x_seq)
-        totals = self._keep(x_seq, spike_seq)
-        if totals is None:
-            return
-        assert spike_seq is not None  # they were asked for
-        for x, spike in zip(x_seq.detach(), spike_seq.detach(), strict=True):
-            totals.step(x[:half], spike[:half], x[half:], spike[half:])
-        v = self.neuron.module.v
-        totals.check_potential(v[half:] if isinstance(v, Tensor) else v)
-
     def finish(self) -> None:
         """End the pair; ValueError if the perturbed run had fewer steps than the clean one."""
-        if not self._taken_steps or (not self._paired and self._taken_steps < self._clean_steps):
+        if self._taken_steps < self._clean_steps:
             raise ValueError(
                 f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed "
                 f"run and {self._clean_steps} in the clean run: give both runs the same number "
@@ -205,16 +169,10 @@ class LayerPair:
         """Input or output of both runs, [T, N, *]; the clean one is a constant."""
         for chunk in (*clean, *perturbed):
             chunk.check(what, self.neuron.name)
-        whole = _cat(perturbed)
-        if not self._paired:
-            return _cat(clean), whole
-        half = whole.shape[1] // 2
-        return whole[:, :half].detach(), whole[:, half:]
+        return _cat(clean), _cat(perturbed)
 
     def _keep(self, x_seq: Tensor, spike_seq: Tensor | None) -> LayerTotals | None:
-        """Keep a chunk of the perturbed run or of both for the loss; the statistics, if there are
-        any.
-        """
+        """Keep a chunk of the perturbed run for the loss; the statistics, if there are any."""
         if torch.is_grad_enabled() or not self._kept.statistics:
             self._perturbed.append(_Chunk.of(x_seq))
         else:
@@ -224,8 +182,6 @@ class LayerPair:
             self._perturbed_spikes.append(_Chunk.of(spike_seq))
         if self._kept.statistics and self.totals is None:
             v_init, time_step = self._start
-            if self._paired and isinstance(v_init, Tensor):
-                v_init = v_init[: v_init.shape[0] // 2]
             self.totals = LayerTotals(
                 neuron=self.neuron, v_init=v_init, time_step=time_step, kept=self._kept
             )

@@ -165,10 +165,6 @@ def run_pair(monitor, net, x, x_perturbed, way="two runs", run=None):
     context = torch.inference_mode() if way == "inference" else nullcontext()
     with context:
         functional.reset_net(net)
-        if way == "paired":
-            with monitor.paired():
-                run(torch.cat((x, x_perturbed), 1))
-            return
         with monitor.clean():
             run(x)
         functional.reset_net(net)

@@ -169,9 +169,6 @@ def test_every_way_of_running_gives_the_same_statistics(kind, pair):
     for step_mode, run in (("m", net), ("s", in_steps(net))):
         functional.set_step_mode(net, step_mode)
         others.append(monitor.compare(*pair, forward=run))
-        monitor.clear_recorded_data()
-        run_pair(monitor, net, *pair, "paired", run=run)
-        others.append(monitor.statistics())
     for other, name in itertools.product(others, NAMES):
         assert other[name].samples == 3
         assert_stats(other[name], values_of(whole[name]), atol=1e-5)
@@ -201,24 +198,17 @@ def test_runs_that_go_on_from_a_state_start_at_it(kind, pair):
             net(first)
             with context():
                 net(x)
-        functional.reset_net(net)
-        net(torch.cat((first, first), dim=1))
-        with monitor.paired():
-            net(torch.cat(rest, dim=1))
         loss = monitor.loss("all", input_gain=True)
         functional.reset_net(net)
         net(first)
     sizes = []
     for name in NAMES:
-        apart, together = monitor[name]
+        (trace,) = monitor[name]
         gains = dynamics.gains(T)[1:]
-        for trace in (apart, together):
-            h = dynamics.decay * net[int(name)].v + gains[0] * trace.x_seq[0]
-            assert_near(trace.v_seq[0], torch.where(trace.spike_seq[0] == 1, 0.0, h))
-            eps = eps_by_hand(trace.x_seq, trace.x_seq_perturbed, dynamics.decay, gains)
-            assert_near(trace.eps.double(), eps)
-        assert_near(together.v_seq, apart.v_seq)
-        assert_near(together.v_seq_perturbed, apart.v_seq_perturbed)
+        h = dynamics.decay * net[int(name)].v + gains[0] * trace.x_seq[0]
+        assert_near(trace.v_seq[0], torch.where(trace.spike_seq[0] == 1, 0.0, h))
+        eps = eps_by_hand(trace.x_seq, trace.x_seq_perturbed, dynamics.decay, gains)
+        assert_near(trace.eps.double(), eps)
         sizes.append(eps.square().mean())
     assert_near(loss.double(), torch.stack(sizes).mean())
 
