@@ -39,6 +39,7 @@ from torch.nn import functional
 from sj_robust.core.host import is_neuron
 from sj_robust.core.preserved import from_reset
 from sj_robust.core.saved import markdown_table
+from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report, evaluate, from_checkpoint
 from sj_robust.ops import keep_heap
 from sj_robust.training import convert
@@ -109,6 +110,16 @@ def measured(
     else:
         report = evaluate(model, x, y, eps=study["eps"], suite=options.suite, progress=False)
         report.save(path)
+    gap = {"learned": "", "learned_left": ""}
+    if network != "twin":  # on training images: the training gradient alone, and every gradient
+        splits = load_images(subject.options["dataset"], root=options.root, augment=False)
+        x, y = next(iter(image_loader(splits.train, min(128, count))))
+        known = evaluate(model, x, y, eps=study["eps"], suite="fast", proofs=False, progress=False)
+        assert known.control is not None  # fast has one
+        gap = {
+            "learned": f"{100 * known.control.accuracy:.1f}",
+            "learned_left": f"{100 * known.everything.accuracy:.1f}",
+        }
     spikes, operations = cost(model.eval(), x)
     return {
         "suite": options.suite,
@@ -119,6 +130,7 @@ def measured(
         "proved": "" if report.verified is None else f"{100 * report.verified.accuracy:.1f}",
         "spikes": f"{spikes:.0f}",
         "operations": f"{operations:.0f}",
+        **gap,
     }
 
 
@@ -160,16 +172,20 @@ def cost(model: nn.Module, x: Tensor) -> tuple[float, float]:
 
 def tables(folder: Path) -> dict[str, str]:
     """A table for every data set, the most robust network first."""
-    found = {}
+    found, gaps = {}, []
     heads = ["network", "T", "seeds", "clean, %", "left, %", "proved, %", "spikes", "operations"]
     for (data,), of_data in groups(read_table(folder / "twins.csv"), "data").items():
         cells = []
         for (network, T), rows in groups(of_data, "network", "T").items():
             line = [NAMES[network], T, str(len(rows))]
             line += [with_spread(numbers(rows, name)) for name in ("clean", "left", "proved")]
+            if network != "twin":
+                learned = [with_spread(numbers(rows, name)) for name in ("learned", "learned_left")]
+                gaps.append([data, NAMES[network], *learned])
             cells.append([*line, *(mean(rows, name) for name in ("spikes", "operations"))])
         found[data] = markdown_table(heads, cells)
-    return found
+    heads = ["data", "network", "training gradient, %", "all attacks, %"]
+    return found | {"learned": markdown_table(heads, gaps, words=2)}
 
 
 def mean(rows: list[Row], column: str) -> str:
