@@ -41,6 +41,7 @@ from sj_robust.core.preserved import from_reset
 from sj_robust.core.saved import markdown_table
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import Report, evaluate, from_checkpoint
+from sj_robust.evaluation.run.suites import SuiteName
 from sj_robust.ops import keep_heap
 from sj_robust.training import convert
 
@@ -67,7 +68,7 @@ class Options:
     steps: tuple[int, ...] = ()
     """Without numbers, those of twins.yaml."""
     images: int | None = None
-    suite: str = "standard"
+    suite: SuiteName = "standard"
     more: str = ""
     """Further options of adv_train.py."""
     root: str = "data"
@@ -81,12 +82,12 @@ def main(options: Options) -> None:
     study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))[options.data]
     grid = []
     for seed, training in product(options.seeds, options.trainings or study["trainings"]):
-        names = [(training, "")]
+        names: list[tuple[str, int | None]] = [(training, None)]
         if training == "twin":
             steps = options.steps or study["steps"]
-            names = [("relu", ""), *((training, T) for T in steps)]
+            names = [("relu", None), *((training, T) for T in steps)]
         for name, T in names:
-            grid.append({"data": options.data, "network": name, "T": T, "seed": seed})
+            grid.append({"data": options.data, "network": name, "T": T or "", "seed": seed})
     once(options.output / "twins.csv", grid, partial(measured, study=study, options=options))
     write_page(options.output / PAGE, tables(options.output))
 
@@ -110,17 +111,17 @@ def measured(
     else:
         report = evaluate(model, x, y, eps=study["eps"], suite=options.suite, progress=False)
         report.save(path)
+    spikes, operations = cost(model.eval(), x)
     gap = {"learned": "", "learned_left": ""}
     if network != "twin":  # on training images: the training gradient alone, and every gradient
         splits = load_images(subject.options["dataset"], root=options.root, augment=False)
         x, y = next(iter(image_loader(splits.train, min(128, count))))
-        known = evaluate(model, x, y, eps=study["eps"], suite="fast", proofs=False, progress=False)
+        known = evaluate(model, x, y, eps=study["eps"], suite="fast", progress=False)
         assert known.control is not None  # fast has one
         gap = {
             "learned": f"{100 * known.control.accuracy:.1f}",
             "learned_left": f"{100 * known.everything.accuracy:.1f}",
         }
-    spikes, operations = cost(model.eval(), x)
     return {
         "suite": options.suite,
         "images": len(y),
