@@ -142,6 +142,7 @@ def clone(tmp_path, monkeypatch):
     """A clone of the repository whose tests can be written."""
     monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "recipes" / "benchmark.py"))
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take seconds to import
     return tmp_path
 
 
