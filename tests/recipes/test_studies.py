@@ -34,7 +34,7 @@ SMALL = {
         "names": ("dlif-T2",),
         "radii": (0.05,),
         "images": 3,
-        "training": "--epochs 1 --no-reference --train-limit 100 --test-limit 10",
+        "training": "--epochs 1 --no-reference --judged 0 --train-limit 64 --test-limit 2",
         "forwards": 50,
         "seconds": 1.0,
     },
