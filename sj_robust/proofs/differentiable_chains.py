@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.trains import cpp
-from sj_robust.ops.trains.config import ChainGates, ChainPlaces, Trained, Windows
-from sj_robust.ops.trains.operator import BoundsBackend, trained_reason
+from sj_robust.ops.trains.config import (
+    BoundsBackend,
+    ChainGates,
+    ChainPlaces,
+    Trained,
+    Windows,
+)
 from sj_robust.proofs.joint import window_weights
 from sj_robust.proofs.rounding import FLOAT64_GAP
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
@@ -187,7 +192,7 @@ class DifferentiableChain:
         steps = weights.shape[1]
         values = weights @ self.spikes[:, :steps].T
         surrogate = self.spiking.neuron.surrogate
-        reason = trained_reason(weights, surrogate, Windows(0))
+        reason = cpp.unsupported_reason(weights, surrogate, Windows(0))
         compiled = reason is None and backend != "reference"
         apply: Any = CompiledChainSums.apply if compiled else ChainSums.apply
         current = self.current

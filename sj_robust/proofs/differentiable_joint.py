@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Windows
-from sj_robust.ops.trains.operator import joint_sums, trained_reason
+from sj_robust.ops.trains.cpp import joint_sums, unsupported_reason
 from sj_robust.ops.trains.reference import Spiking, differentiable_sums
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
@@ -231,7 +231,7 @@ class DifferentiableTrains(SpikeTrains):
         powers = decay ** torch.arange(self.total + 1, device=weights.device)
         threshold = spiking.threshold - spiking.rest
         surrogate = spiking.neuron.surrogate
-        reason = trained_reason(weights, surrogate, self.windows)
+        reason = unsupported_reason(weights, surrogate, self.windows)
         if self.backend == "reference" or spiking.soft or reason is not None:
             neuron = Spiking(threshold, spiking.soft, spiking.spike)
             return differentiable_sums(self.sums, weights, powers, neuron, self.windows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Currents, StepBounds, Windows
-from sj_robust.ops.trains.operator import bounded_steps
+from sj_robust.ops.trains.reference import bounded_steps
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.maps import Maps
@@ -37,6 +37,7 @@ from sj_robust.proofs.windows import (
     Steps,
     check_finite,
     constants_of,
+    in_float32,
     kept_steps,
     possible_trains,
     stacked,
@@ -266,8 +267,7 @@ class JointRun(BoundedRun):
         if memory.known:
             known = _rows(memory.known)
             currents = replace(currents, known_low=known.low, known_high=known.high)
-        run = partial(bounded_steps, constants=constants, windows=trains.windows)
-        found = run(currents, backend=trains.backend)
+        found = bounded_steps(currents, constants, trains.windows)
         if trains.steps == 0:
             trains.open = self.windowed(spiking.neuron.name, found)
         if not trains.open.numel():
@@ -284,7 +284,7 @@ class JointRun(BoundedRun):
             sums_low=sums.low,
             sums_high=sums.high,
         )
-        tighter = run(with_sums, backend=trains.backend)
+        tighter = bounded_steps(with_sums, constants, trains.windows)
         trains.sure_cases = tighter.sure_cases
         trains.possible_cases = tighter.possible_cases
         for name, part in vars(found).items():
@@ -614,7 +614,7 @@ class JointRun(BoundedRun):
                 nothing = nothing.float()
             return [Bounds(nothing, nothing, run=run)] * (len(weights) // steps)
         if run.narrow:
-            sums = source.in_float32(weights, SLACK)
+            sums = in_float32(source.bounds(weights), SLACK)
         else:
             sums = source.centred(weights)
             if self.rounded:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.limits import by_sign
-from sj_robust.ops.trains.config import Constants, StepBounds, Trains, Windows
-from sj_robust.ops.trains.operator import BoundsBackend, in_float32, train_sums
+from sj_robust.ops.trains.config import BoundsBackend, Constants, StepBounds, Trains, Windows
+from sj_robust.ops.trains.reference import train_sums
 from sj_robust.proofs.rounding import charge_rounding, reset_rounding, within_float32
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 
@@ -24,6 +24,7 @@ __all__ = [
     "Steps",
     "check_finite",
     "constants_of",
+    "in_float32",
     "kept_steps",
     "possible_trains",
     "stacked",
@@ -65,10 +66,16 @@ class Steps:
         """See :class:`SpikeTrains`."""
         return Centred.of(self.bounds(weights))
 
-    def in_float32(self, weights: Tensor, slack: float) -> Centred:
-        """See :class:`SpikeTrains`."""
-        sums = self.bounds(weights)
-        return Centred(*in_float32(sums.low, sums.high, slack))
+
+def in_float32(values: Interval, slack: float) -> Centred:
+    """Centres and radii in float32 of the values of an interval in float64; the radii cover what
+    that rounds, and float64's own rounding by the factor ``slack``.
+    """
+    centre = (values.low + values.high).div_(2)
+    radius = (values.high - values.low).div_(2).mul_(slack)
+    rounded = centre.float()
+    lost = centre.sub_(rounded).abs_()
+    return Centred(rounded, radius.add_(lost).mul_(slack).float())
 
 
 def constants_of(spiking: Float32Spiking, steps: int) -> Constants:
@@ -107,7 +114,7 @@ class SpikeTrains:
         sure_cases: Of these, [T, O]; see :class:`sj_robust.ops.trains.config.StepBounds`.
         possible_cases: Likewise.
         chain: Trains of a constant current.
-        backend: What computes sums.
+        backend: What computes the sums of a layer in training.
     """
 
     backend: BoundsBackend = "auto"
@@ -129,26 +136,14 @@ class SpikeTrains:
 
     def bounds(self, weights: Tensor) -> Interval:
         """Bounds of ``sum_t weights[f, t] s[t]``, [F, N, *], of the steps that have weights."""
-        return Interval(*self._sums(weights, None))
+        trains = self._packed_steps(weights.shape[1])
+        low, high = train_sums(weights, trains, self.windows)
+        shape = self.spikes[0].low.shape
+        return Interval(low.view(-1, *shape), high.view(-1, *shape))
 
     def centred(self, weights: Tensor) -> Centred:
         """Centres and radii of the same instead of both ends."""
         return Centred.of(self.bounds(weights))
-
-    def in_float32(self, weights: Tensor, slack: float) -> Centred:
-        """Centres and radii of the same in float32, instead of both ends; the radii cover what that
-        rounds.
-        """
-        return Centred(*self._sums(weights, slack))
-
-    def _sums(self, weights: Tensor, narrow: float | None) -> tuple[Tensor, Tensor]:
-        """Both ends, or with ``narrow`` centres and radii in float32."""
-        trains = self._packed_steps(weights.shape[1])
-        first, second = train_sums(
-            weights, trains, self.windows, narrow=narrow, backend=self.backend
-        )
-        shape = self.spikes[0].low.shape
-        return first.view(-1, *shape), second.view(-1, *shape)
 
     def _packed_steps(self, steps: int) -> Trains:
         if self._packed is None or len(self._packed.sure) != steps:

@@ -116,7 +116,6 @@ _SETS = {
 }
 _PROVING = {
     "verify": partial(ProvingTask, True),
-    "verify, plain torch": partial(ProvingTask, True, backend="reference"),
     "PGD-20": partial(ProvingTask, False),
 }
 

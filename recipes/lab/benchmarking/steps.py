@@ -28,7 +28,7 @@ from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.models.chain import SmallConvNet
 from sj_robust.neuron import DLIFNode
-from sj_robust.ops.trains.operator import BoundsBackend
+from sj_robust.ops.trains.config import BoundsBackend
 from sj_robust.proofs import verify
 from sj_robust.proofs.windows import SpikeTrains
 
@@ -411,9 +411,8 @@ class ProvingTask(Task):
     PGD's time does not depend on its outcome; that of the bounds does on what is undecided.
     """
 
-    def __init__(self, proves: bool, shape: Shape, *, backend: BoundsBackend = "auto") -> None:
-        """Build the network and draw the images; every task has a process of its own."""
-        SpikeTrains.backend = backend
+    def __init__(self, proves: bool, shape: Shape) -> None:
+        """Build the network and draw the images."""
         T, N, C, H, W = shape
         torch.manual_seed(0)
         spec = NetworkSpec(T=T, image_shape=(C, H, W))

@@ -1,7 +1,7 @@
 """Constants, inputs and outputs of the bounds of a spiking layer."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from sj_robust.ops.dlif.config import SurrogateKind
 
 __all__ = [
     "STEP_PARTS",
+    "BoundsBackend",
     "ChainGates",
     "ChainPlaces",
     "Constants",
@@ -20,6 +21,10 @@ __all__ = [
     "Windows",
     "empty_cases",
 ]
+
+
+BoundsBackend = Literal["auto", "reference"]
+"""What computes sums for training: ``"auto"`` is the compiled kernel where it can."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +160,6 @@ class Trained:
     surrogate: SurrogateKind
     alpha: float
     width: float
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As a registered operator takes them."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bounds of spiking layers on the CPU with the compiled kernels."""
+"""Sums over trains for training on the CPU with the compiled kernels."""
 
 import ctypes
 from typing import Any
@@ -7,167 +7,87 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import cpp
+from sj_robust.ops.dlif.config import HOST_NAMES, Surrogate
 from sj_robust.ops.dlif.cpp import load_library
-from sj_robust.ops.trains.config import (
-    STEP_PARTS,
-    ChainGates,
-    ChainPlaces,
-    Constants,
-    Currents,
-    StepBounds,
-    Trained,
-    Trains,
-    Windows,
-    empty_cases,
-)
-from sj_robust.ops.trains.reference import range_tables
+from sj_robust.ops.trains.config import ChainGates, ChainPlaces, Trained, Windows
 
-__all__ = [
-    "bounded_steps",
-    "chain_sums",
-    "chain_sums_backward",
-    "joint_sums",
-    "joint_sums_backward",
-    "train_sums",
-    "unavailable_reason",
-    "unsupported_reason",
-    "unsupported_training",
-]
+__all__ = ["chain_sums", "chain_sums_backward", "joint_sums", "unsupported_reason"]
 
 _INTERFACE = 3  # sjr_trains_interface() of kernel.cpp
 _SLOTS = 16  # MAX_SLOTS of job.h
 _LANES = 8  # what the rows of weights are padded to
 
 
-def unavailable_reason() -> str | None:
-    """What keeps the compiled kernel from running on this machine, or None."""
+def unsupported_reason(like: Tensor, surrogate: Surrogate, windows: Windows) -> str | None:
+    """What keeps the kernel from training's bounds of a layer, or None."""
     library = _load()
-    return library if isinstance(library, str) else None
-
-
-def unsupported_reason(like: Tensor, windows: Windows) -> str | None:
-    """Why a call cannot run here, or None."""
-    if like.device.type != "cpu" or like.dtype != torch.float64:
-        return f"the kernel bounds float64 on the CPU, got {like.dtype} on {like.device}"
-    return _unsupported(windows)
-
-
-def unsupported_training(like: Tensor, windows: Windows) -> str | None:
-    """Why bounds for training cannot run here, or None."""
+    if isinstance(library, str):
+        return library
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return f"the kernel trains float32 and float64 on the CPU, got {like.dtype}"
-    return _unsupported(windows)
-
-
-def _unsupported(windows: Windows) -> str | None:
     if windows.kept + 2 > _SLOTS:
         return f"the kernel supports {_SLOTS - 2} windows, got {windows.kept}"
+    if surrogate.kind not in HOST_NAMES:
+        return f"the kernel supports the surrogates {tuple(HOST_NAMES)}, got {surrogate.kind!r}"
     return None
-
-
-def bounded_steps(currents: Currents, constants: Constants, windows: Windows) -> StepBounds:
-    """See :func:`sj_robust.ops.trains.reference.bounded_steps`; hard resets alone."""
-    low = currents.low
-    T, M = low.shape
-    found = {name: torch.empty(T, M, dtype=torch.float64) for name in STEP_PARTS}
-    windowed = currents.sums_low is not None
-    cases = {name: empty_cases(low) for name in ("sure_cases", "possible_cases")}
-    if windowed:
-        cases = {name: torch.empty(T, M, dtype=torch.int16) for name in cases}
-    numbers = vars(constants) | {"gains": torch.tensor(constants.gains, dtype=torch.float64)}
-    del numbers["soft"]
-    discounts = [constants.decay**n for n in range(T + 1)]
-    _run(
-        "bounded_steps",
-        _StepsJob,
-        T=T,
-        M=M,
-        kept=windows.kept,
-        windowed=windowed,
-        powers=torch.tensor(discounts, dtype=torch.float64),
-        **numbers,
-        **vars(currents),
-        **found,
-        **(cases if windowed else {}),
-    )
-    return StepBounds(**found, **cases)
-
-
-def train_sums(
-    weights: Tensor, trains: Trains, windows: Windows, *, narrow: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """See :func:`sj_robust.ops.trains.operator.train_sums`."""
-    F, T = weights.shape
-    M = trains.place.numel()
-    padded = weights.new_zeros(-(-F // _LANES) * _LANES, T)
-    padded[:F] = weights
-    tables: tuple[Tensor | None, Tensor | None] = (None, None)
-    if trains.spikes is not None:
-        assert trains.first is not None
-        assert trains.last is not None
-        width = int((trains.last - trains.first).max()) + 1 if M else 1
-        levels = max(0, width.bit_length() - 1)
-        tables = range_tables(padded, trains.spikes, levels)
-    dtype = torch.float64 if narrow is None else torch.float32
-    low = torch.empty(F, M, dtype=dtype)
-    high = torch.empty_like(low)
-    _run(
-        "train_sums",
-        _SumsJob,
-        T=T,
-        F=len(padded),
-        M=M,
-        O=trains.sure_cases.shape[-1],
-        kept=windows.kept,
-        trains=0 if trains.spikes is None else len(trains.spikes),
-        asked=F,
-        chained=trains.spikes is not None,
-        narrow=narrow is not None,
-        slack=narrow or 1.0,
-        weights=padded.T,
-        sure=trains.sure[:T],
-        possible=trains.possible[:T],
-        place=trains.place,
-        sure_cases=trains.sure_cases[:T],
-        possible_cases=trains.possible_cases[:T],
-        first=trains.first,
-        last=trains.last,
-        least=tables[0],
-        most=tables[1],
-        low=low,
-        high=high,
-    )
-    return low, high
 
 
 def joint_sums(
     sums: tuple[Tensor, Tensor], weights: Tensor, powers: Tensor, neuron: Trained, windows: Windows
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`sj_robust.ops.trains.operator.joint_sums`."""
-    least = weights.new_empty(len(weights), sums[0].shape[1])
-    most = torch.empty_like(least)
-    _run_joint(sums, weights, powers, neuron, windows, least=least, most=most)
+    """Least and largest ``sum_t weights[f, t] s[t]`` of M neurons with hard resets, with gradients
+    to all tensors. 可微的脉冲加权和上下界。
+
+    Equation: see :func:`sj_robust.ops.trains.reference.differentiable_sums`, with which it agrees
+    bit for bit; gradients agree up to rounding.
+
+    Args:
+        sums: Smallest and largest sum of every window by row, [W, M].
+        weights: Of all steps, [F, T].
+        powers: Of the decay, from 0 to T.
+        neuron: The neuron.
+        windows: Which windows are told apart.
+    """
+    apply: Any = _JointSums.apply
+    least, most = apply(*sums, weights, powers, neuron, windows)
     return least, most
 
 
-def joint_sums_backward(
-    grads: tuple[Tensor, Tensor],
-    sums: tuple[Tensor, Tensor],
-    weights: Tensor,
-    powers: Tensor,
-    neuron: Trained,
-    windows: Windows,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both sums, of weights and of powers."""
-    F, T = weights.shape
-    low = weights.new_empty(sums[0].shape)
-    high = torch.empty_like(low)
-    totals = torch.empty(F * T + T + 1, dtype=torch.float64)
-    given = {"grad_least": grads[0], "grad_most": grads[1]}
-    found = {"grad_low": low, "grad_high": high, "totals": totals}
-    _run_joint(sums, weights, powers, neuron, windows, **given, **found)
-    d_weights, d_powers = torch.split(totals.to(low.dtype), [F * T, T + 1])
-    return low, high, d_weights.view(F, T), d_powers.clone()
+class _JointSums(torch.autograd.Function):
+    """Saves what it takes and nothing else; differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        low: Tensor,
+        high: Tensor,
+        weights: Tensor,
+        powers: Tensor,
+        neuron: Trained,
+        windows: Windows,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(low, high, weights, powers)
+        ctx.neuron = neuron
+        ctx.windows = windows
+        least = weights.new_empty(len(weights), low.shape[1])
+        most = torch.empty_like(least)
+        _run_joint((low, high), weights, powers, neuron, windows, least=least, most=most)
+        return least, most
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # torch's
+    def backward(ctx: Any, least: Tensor, most: Tensor) -> tuple[Tensor | None, ...]:
+        low, high, weights, powers = ctx.saved_tensors
+        F, T = weights.shape
+        grad_low = weights.new_empty(low.shape)
+        grad_high = torch.empty_like(grad_low)
+        totals = torch.empty(F * T + T + 1, dtype=torch.float64)
+        given = {"grad_least": least, "grad_most": most}
+        found = {"grad_low": grad_low, "grad_high": grad_high, "totals": totals}
+        sums = (low, high)
+        _run_joint(sums, weights, powers, ctx.neuron, ctx.windows, **given, **found)
+        d_weights, d_powers = torch.split(totals.to(low.dtype), [F * T, T + 1])
+        return grad_low, grad_high, d_weights.view(F, T), d_powers.clone(), None, None
 
 
 def _run_joint(
@@ -319,33 +239,6 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 _MACHINE = "instruction_set threads own_threads"
 
 
-class _StepsJob(ctypes.Structure):
-    """Mirror of ``sjr::StepsJob`` in job.h; what is not set is zero."""
-
-    _fields_ = (
-        *_fields(ctypes.c_int64, "T M kept"),
-        *_fields(ctypes.c_double, "decay rest threshold above below"),
-        *_fields(ctypes.c_double, "charge_unit charge_least reset_unit reset_least"),
-        *_fields(ctypes.c_int32, f"{_MACHINE} windowed"),
-        *_fields(ctypes.c_void_p, "gains powers low high known_low known_high error"),
-        *_fields(ctypes.c_void_p, "sums_low sums_high"),
-        *_fields(ctypes.c_void_p, " ".join(STEP_PARTS)),
-        *_fields(ctypes.c_void_p, "sure_cases possible_cases scratch"),
-    )
-
-
-class _SumsJob(ctypes.Structure):
-    """Mirror of ``sjr::SumsJob`` in job.h; what is not set is zero."""
-
-    _fields_ = (
-        *_fields(ctypes.c_int64, "T F M O kept trains asked chained narrow"),
-        *_fields(ctypes.c_double, "slack"),
-        *_fields(ctypes.c_int32, f"{_MACHINE} unused"),
-        *_fields(ctypes.c_void_p, "weights sure possible place sure_cases possible_cases"),
-        *_fields(ctypes.c_void_p, "first last least most low high scratch"),
-    )
-
-
 class _JointJob(ctypes.Structure):
     """Mirror of ``sjr::JointJob`` in job.h; what is not set is zero."""
 
@@ -383,6 +276,6 @@ def _load() -> ctypes.CDLL | str:
         interface = None
     if interface != _INTERFACE:
         return "the library belongs to another version of sj_robust; install sj_robust again"
-    for function in ("bounded_steps", "train_sums", "joint_sums", "chain_sums"):
+    for function in ("joint_sums", "chain_sums"):
         getattr(library, f"sjr_{function}_scratch_bytes").restype = ctypes.c_int64
     return library

@@ -36,35 +36,6 @@ struct Slots {
 
 constexpr int64_t MAX_SLOTS = 16;  // bits of a case
 
-struct StepsJob {
-  int64_t T, M, kept;
-  double decay, rest, threshold, above, below;
-  double charge_unit, charge_least, reset_unit, reset_least;
-  int32_t instruction_set, threads, own_threads, windowed;
-  const double *gains, *powers;  // [T] and [T + 1], powers of the decay
-  const double *low, *high, *known_low, *known_high, *error;  // [T, M]; the last three may be null
-  const double *sums_low, *sums_high;                         // [W, M], if windowed
-  double *h_low, *h_high, *sure, *possible, *v_low, *v_high;  // [T, M]
-  int16_t *sure_cases, *possible_cases;                       // [T, M], if windowed
-  void* scratch;
-};
-
-struct SumsJob {
-  int64_t T, F, M, O, kept,
-      trains;  // F is a multiple of 8; of weights and tables, rows beyond `asked` are padding
-  int64_t asked, chained, narrow;
-  double slack;
-  int32_t instruction_set, threads, own_threads, unused;
-  const double* weights;                       // [T, F]
-  const double *sure, *possible;               // [T, M]
-  const int32_t* place;                        // [M], -1 where all spikes are decided
-  const int16_t *sure_cases, *possible_cases;  // [T, O]
-  const int64_t *first, *last;                 // [M], if chained
-  const double *least, *most;                  // [levels, trains, F], if chained
-  void *low, *high;  // [asked, M]: float64, or centre and radius in float32 if narrow
-  void* scratch;
-};
-
 // Sums over trains for training, in the type of `doubles`; M neurons, rows of M.
 struct JointJob {
   int64_t T, F, M, kept, W;

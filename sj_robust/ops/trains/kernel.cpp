@@ -1,9 +1,7 @@
-// Compiled bounds of spiking layers for the CPU, beside dlif/kernel.cpp in the same library.
+// Compiled sums over trains for training on the CPU, beside dlif/kernel.cpp in the same library.
 #include "../dlif/job.h"
 #include "job.h"
 
-#define SJR_BODY "../trains/proving.h"
-#include "../dlif/each_instruction_set.h"
 #define SJR_BODY "../trains/training.h"
 #include "../dlif/each_instruction_set.h"
 
@@ -36,33 +34,19 @@ struct Work {
     me.run(me.job, first, last, me.memory() + thread * me.doubles, me.totals_of(i));
   }
 
-  void start(double* to = nullptr) {
+  void start() {
     std::memset(totals_of(0), 0, size_t(units() * totals) * sizeof(double));
     parallel(units(), threads(), job.threads, job.own_threads, unit, this);
-    for (int64_t i = 0; to && i < totals; ++i) {
-      to[i] = 0;
+    for (int64_t i = 0; job.totals && i < totals; ++i) {
+      job.totals[i] = 0;
       for (int64_t unit = 0; unit < units(); ++unit)
-        to[i] += totals_of(unit)[i];
+        job.totals[i] += totals_of(unit)[i];
     }
   }
 };
 
 int64_t rounded_up(int64_t doubles) {
   return (doubles + 7) / 8 * 8;
-}
-
-Work<StepsJob> work(const StepsJob& job) {
-  return {job,
-          SJR_OF_SET(job, bounded_steps),
-          job.windowed ? job.T * MAX_SLOTS * 2 * baseline::BLOCK_OF_STEPS : 8,
-          0};
-}
-
-Work<SumsJob> work(const SumsJob& job) {
-  return {job,
-          SJR_OF_SET(job, train_sums),
-          job.F * (2 * baseline::BLOCK_OF_STEPS + 2 * MAX_SLOTS + 2),
-          0};
 }
 
 Work<JointJob> work(const JointJob& job) {
@@ -88,15 +72,13 @@ SJR_EXPORT int sjr_trains_interface() {
 }
 
 // Bytes that `scratch` of a job must hold, and the call itself.
-#define SJR_CALL(name, Job, totals)                               \
+#define SJR_CALL(name, Job)                                       \
   SJR_EXPORT int64_t sjr_##name##_scratch_bytes(const Job* job) { \
     return sjr::work(*job).scratch_bytes();                       \
   }                                                               \
   SJR_EXPORT void sjr_##name(const Job* job) {                    \
-    sjr::work(*job).start(totals);                                \
+    sjr::work(*job).start();                                      \
   }
 
-SJR_CALL(bounded_steps, sjr::StepsJob, nullptr)
-SJR_CALL(train_sums, sjr::SumsJob, nullptr)
-SJR_CALL(joint_sums, sjr::JointJob, job->totals)
-SJR_CALL(chain_sums, sjr::ChainJob, job->totals)
+SJR_CALL(joint_sums, sjr::JointJob)
+SJR_CALL(chain_sums, sjr::ChainJob)
