@@ -13,7 +13,6 @@ from torch.utils import _python_dispatch
 
 with warnings.catch_warnings():  # 0.0.0.0.14 uses torch.jit.script, of which torch 2.15 warns
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-    from spikingjelly import configure
     from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate
 
 # 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
@@ -27,7 +26,6 @@ lif_multi_step: Callable[..., Any] | None = getattr(functional, "lif_multi_step"
 has none.
 """
 
-_CUDA_THREADS = 512  # what 0.0.0.0.14 comes with
 _TRITON_LOGGER = "torch._library.triton"
 _TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
 
@@ -35,7 +33,6 @@ __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT",
     "base",
     "check_hooks_run",
-    "cuda_threads",
     "first_argument",
     "functional",
     "invalidate_reset_cache",
@@ -55,14 +52,6 @@ __all__ = [
     "surrogate",
     "within_backward",
 ]
-
-
-def cuda_threads() -> int | None:
-    """Block size of CUDA kernels that the user has set for SpikingJelly 0.0.0.0.14; None for its
-    own, and on 2.x.
-    """
-    threads: int = getattr(configure, "cuda_threads", _CUDA_THREADS)
-    return None if threads == _CUDA_THREADS else threads
 
 
 def invalidate_reset_cache(net: nn.Module) -> None:

@@ -17,7 +17,6 @@ from sj_robust.core.checks import (
     of_other_steps,
 )
 from sj_robust.core.host import (
-    cuda_threads,
     is_counted,
     lif_multi_step,
     neuron,
@@ -427,7 +426,7 @@ class DLIFNode(neuron.BaseNode):
 
 def _alone(x_seq: Tensor, gain: Tensor, v_init: Tensor | None, **constants: Any) -> Outputs:
     """The operator of a neuron that nothing runs together with."""
-    return ops.dlif_multi_step(x_seq, gain, v_init, threads_per_block=cuda_threads(), **constants)
+    return ops.dlif_multi_step(x_seq, gain, v_init, **constants)
 
 
 _COMPILED_SURROGATES = {getattr(surrogate, name, None): kind for kind, name in HOST_NAMES.items()}

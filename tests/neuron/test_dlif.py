@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -189,30 +188,6 @@ class TestBackends:
             "cupy",
             "triton",
         }
-
-    @needs_set_backend
-    def test_block_size_of_the_host_reaches_the_cuda_kernel(self, monkeypatch):
-        from spikingjelly import configure
-
-        from sj_robust.ops.dlif import cupy_launch, operator
-
-        seen = []
-
-        def note(launcher, inputs, outputs):
-            seen.append(launcher)
-
-        monkeypatch.setattr(operator, "choose_backend", lambda *arguments: "cupy")
-        for name in ("unavailable_reason", "unsupported_reason"):
-            monkeypatch.setattr(cupy_launch, name, lambda *arguments: None)
-        monkeypatch.setattr(cupy_launch.Launcher, "forward", note)
-        monkeypatch.setattr(cupy_launch, "forward", partial(note, cupy_launch))
-        for threads in (
-            512,
-            64,
-        ):  # SpikingJelly's own, which nobody chose for this kernel, and one of the user's
-            monkeypatch.setattr(configure, "cuda_threads", threads)
-            DLIFNode(2)(torch.zeros(2, 1, 3))
-        assert seen == [cupy_launch, cupy_launch.Launcher(threads_per_block=64)]
 
     def test_host_operator(self):
         if not HOST_HAS_EXPLICIT_STATES:

@@ -136,7 +136,6 @@ def install(fake, patch):
     stream = SimpleNamespace(cuda_stream=0x1234)
     patch.setitem(sys.modules, "cupy", fake)
     patch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    patch.setattr(cupy_launch, "_TEXTS_TRIED", {})
     for name in ("unavailable_reason", "unsupported_reason"):
         patch.setattr(cupy_launch, name, lambda *call: None)
     for cached in (cupy_launch._compiled, cupy_launch._contexts, cupy_launch._cupy_reason):

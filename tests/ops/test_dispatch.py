@@ -94,7 +94,7 @@ def test_integers_are_refused():
         (triton_launch, ON_GPU, Surrogate(), None),
         (cupy_launch, X, Surrogate(), "CUDA device"),
         (cupy_launch, F64_ON_GPU, Surrogate(), "got torch.float64"),
-        (cupy_launch, ON_GPU, CUSTOM, "no CUDA code"),
+        (cupy_launch, ON_GPU, CUSTOM, "supports the surrogates"),
         (cupy_launch, ON_GPU, Surrogate(), None),
     ],
 )

@@ -18,7 +18,6 @@ from ops import compilers, gpu_texts, shim
 from ops.calls import BF16, F16, F32, assert_equal
 from ops.compilers import compile_text, needs_nvrtc, needs_triton
 from ops.gpu_texts import FakeCuPy, install
-from torch.testing import assert_close
 
 from sj_robust.ops import Surrogate
 from sj_robust.ops.dlif import cupy_launch, operator, triton_launch
@@ -125,18 +124,16 @@ def cupy(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_kernel_is_compiled_once_and_runs_in_blocks_of_the_chosen_size_on_torchs_stream(cupy):
+def test_a_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
     """More than one block, so that the partial sums of the gain's gradient are really added up."""
-    inputs = layer(2, 500)
-    small = cupy_launch.Launcher(threads_per_block=64)
-    found = [backward(launcher, inputs) for launcher in (small, small, cupy_launch)]
-    assert_close(found[0], found[2])
+    inputs = layer(2, 1000)
+    assert_equal(*(list(backward(cupy_launch, inputs)) for _ in range(2)))
     device = ("device", None)
     stream = ("stream", (0, 0x1234))
     compiled = ("compile", "dlif_backward")
     wanted = []
-    for new, grid, block in (([compiled], 2, 64), ([], 2, 64), ([compiled], 1, 128)):
-        launch = ("launch", "dlif_backward", (grid,), (block,))
+    for new in ([compiled], []):
+        launch = ("launch", "dlif_backward", (2,), (128,))
         wanted += [("enter", *device), ("enter", *stream), *new, launch]
         wanted += [("exit", *stream), ("exit", *device)]
     assert cupy.log == wanted
@@ -159,12 +156,6 @@ def test_device_and_stream_of_the_tensor_are_entered_and_left_on_errors(monkeypa
     entered = [("device", 1), ("stream", (0, 7)) if is_new else ("external", 7)]
     wanted = [("enter", *what) for what in entered] + [("compile", "dlif_forward")]
     assert fake.log == wanted + [("exit", *what) for what in reversed(entered)]
-
-
-@pytest.mark.parametrize("threads", [0, 16, 100, 1056, -32])
-def test_the_block_size_is_checked(threads):
-    with pytest.raises(ValueError, match=f"threads_per_block .* got {threads}"):
-        cupy_launch.Launcher(threads_per_block=threads)
 
 
 @pytest.mark.parametrize("launcher", [triton_launch, cupy_launch])
@@ -201,77 +192,6 @@ def test_a_triton_variant_that_spills_gets_more_registers_from_its_next_launch_o
     assert {limit for dtype, steps, limit in given if (dtype, steps) != (F32, 8)} == {None}
 
 
-# ---- surrogates with a CUDA text of their own ----
-
-
-class Ramp(torch.nn.Module):
-    """Surrogate with ``cuda_codes`` in the manner of SpikingJelly 0.0.0.0.14."""
-
-    spiking = True
-
-    def __init__(self, text):
-        super().__init__()
-        self.text = text
-
-    def forward(self, z):
-        return Surrogate("triangle", 2.0).spike(z)
-
-    def cuda_codes(self, y, x, dtype):
-        if not self.text:
-            raise NotImplementedError
-        return self.text.format(y=y, x=x)
-
-
-RIGHT = "const float h = (2f) - (2f) * (2.0f) * fabsf({x});{y} = max(h, 0.0f);"
-
-
-def reason(function):
-    surrogate = Surrogate("custom", function=function)
-    return cupy_launch._unusable_surrogate_reason(surrogate, CPU)
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_a_surrogates_own_text_is_spliced_in_if_it_is_right(cupy):
-    ramp = Ramp(RIGHT)
-    assert reason(ramp) is None
-    assert reason(ramp) is None
-    assert cupy.log.count(("compile", "dlif_backward")) == 1  # tried once, then remembered
-    assert "disagrees with its gradient" in reason(Ramp(RIGHT.replace("fabsf({x})", "{x}")))
-    assert "does not compile" in reason(Ramp("{y} = const float mask;"))
-
-
-def test_surrogates_without_a_usable_text_are_refused():
-    smooth = Ramp(RIGHT)
-    trainable = Ramp(RIGHT)
-    smooth.spiking = False
-    trainable.width = torch.nn.Parameter(torch.ones(()))
-    for function, message in (
-        (torch.sigmoid, "no CUDA code"),
-        (Ramp(""), "no CUDA code"),
-        (smooth, "spiking=False"),
-        (trainable, "trainable"),
-    ):
-        assert message in reason(function)
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_every_cuda_text_of_spikingjelly_equals_its_gradient(cupy):
-    host = pytest.importorskip("spikingjelly.activation_based.surrogate")
-    if not hasattr(host, "_has_cuda_"):
-        pytest.skip("this SpikingJelly release has no cuda_codes")
-    functions = [cls() for cls in host._has_cuda_]
-    functions += [host.ATan(alpha=2), host.PiecewiseLeakyReLU(w=2, c=0.1)]
-    assert [reason(function) for function in functions] == [None] * len(functions)
-    assert "does not compile" in reason(host.LogTailedReLU())
-
-
-def test_integer_literals_alone_are_repaired():
-    text = cupy_launch.spliced_struct("a = (2f) * 1e-05f + 3.5f - x2f; b = .5f + 1e+2f * 10f;")
-    assert "a = (2.0f) * 1e-05f + 3.5f - x2f; b = .5f + 1e+2f * 10.0f;" in text
-
-
 # ---- the CUDA text as NVRTC compiles it ----
 
 
@@ -290,9 +210,8 @@ def test_every_cuda_kernel_of_the_table_compiles_and_stays_in_registers(architec
         assert spilled <= 64, f"{name} spills {spilled} bytes"
 
 
-def cuda_kernel(io, steps, backward, threads=128):
+def cuda_kernel(io, steps, backward):
     return Variant(
-        threads=threads,
         io=io,
         steps=steps,
         is_long=False,
@@ -345,17 +264,6 @@ def test_two_neighbours_are_rounded_at_once_the_first_to_the_lower_half(io, inst
     loaded = dict(re.findall(r"ld\.global\.(?:nc\.)?f32\s+(%f\d+), \[%rd\d+(\+4)?\]", ptx))
     upper, lower = re.search(rf"cvt\.rn\.{instruction}\.f32 %r\d+, (%f\d+), (%f\d+)", ptx).groups()
     assert (loaded[upper], loaded[lower]) == ("+4", "")
-
-
-@kernels
-@needs_nvrtc
-@pytest.mark.parametrize("threads", [32, 512, 1024])
-def test_the_block_size_bounds_the_registers(threads):
-    """1024 threads share 65536 registers: with more than 64 each the launch would fail."""
-    source = cuda_kernel("float", 32, True, threads).source()
-    _, log = compile_text(source, "sm_80", "--ptxas-options=-v")
-    ((registers, _),) = compilers.resources(log).values()
-    assert registers <= min(255, 65536 // threads)
 
 
 # ---- the Triton text as Triton compiles it ----

@@ -205,7 +205,7 @@ from sj_robust.ops import dlif_multi_step
 torch.set_num_threads(2)
 x = torch.randn(4, 200_000)
 neuron = dict(decay=0.9, v_threshold=1.0, v_reset=0.0, surrogate="atan", alpha=2.0)
-call = dict(**neuron, detach_reset=False, backend="cpp", threads_per_block=None)
+call = dict(**neuron, detach_reset=False, backend="cpp")
 def numbers():
     given = x, torch.ones(4), None
     outputs = torch.ops.sj_robust.dlif(*given, **call, store_v_seq=True)

@@ -222,7 +222,7 @@ def test_a_graph_refuses_tensors_that_its_kernel_would_misread():
     x = torch.zeros(3, 5)
     gain = torch.ones(3)
     neuron = DLIFConfig(0.5, 1.0, None, Surrogate("atan", 2.0), detach_reset=False)
-    call = {**neuron.arguments, "backend": "cpp", "threads_per_block": None, "store_v_seq": False}
+    call = {**neuron.arguments, "backend": "cpp", "store_v_seq": False}
     with pytest.raises(ValueError, match=r"must be torch.float32 there, got torch.float64"):
         OPS.dlif(x, gain.double(), None, **call)
     with pytest.raises(ValueError, match="there, got torch.float32 on meta"):

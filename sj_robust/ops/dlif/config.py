@@ -15,7 +15,6 @@ from sj_robust.ops.limits import at_least
 
 __all__ = [
     "HOST_NAMES",
-    "NEEDS_GRAPH",
     "DLIFConfig",
     "InputGradients",
     "Inputs",
@@ -49,12 +48,6 @@ HOST_NAMES: dict[SurrogateKind, str] = {
 
 The CUDA text has a struct of each name, and the C++ text knows a kind by its place here.
 """
-
-NEEDS_GRAPH = (
-    "has trainable parameters, or may use some, being a function of Python and no nn.Module; only "
-    "backend='reference' computes their gradient"
-)
-"""Why no kernel runs a surrogate that ``needs_graph``, to follow its name."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import (
-    NEEDS_GRAPH,
     DLIFConfig,
     InputGradients,
     Inputs,
@@ -31,7 +30,10 @@ _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     """Why this call cannot run here, or None."""
     if surrogate.needs_graph:
-        return f"the surrogate {NEEDS_GRAPH}"
+        return (
+            "the surrogate has trainable parameters, or may use some, being a function of Python "
+            "and no nn.Module; only backend='reference' computes their gradient"
+        )
     return None
 
 

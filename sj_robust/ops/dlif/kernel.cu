@@ -168,8 +168,7 @@ __device__ __forceinline__ void note(float* to, const float (&values)[VEC]) {
   *(Pack<float, VEC>*)to = pack;
 }
 
-// ---- surrogate derivatives g(z), z = h - v_threshold, by the names of SpikingJelly's classes; the
-// launcher may add `struct Spliced` with a text of its own ----
+// ---- surrogate derivatives g(z), z = h - v_threshold, by the names of SpikingJelly's classes ----
 
 struct PiecewiseQuadratic {
   static __device__ __forceinline__ float derivative(float z, float alpha) {

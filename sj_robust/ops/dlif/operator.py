@@ -95,7 +95,6 @@ def dlif_multi_step(
     detach_reset: bool = False,
     store_v_seq: bool = False,
     backend: str = "auto",
-    threads_per_block: int | None = None,
 ) -> Outputs:
     """Run one layer of DLIF neurons over a sequence.
 
@@ -116,8 +115,6 @@ def dlif_multi_step(
         store_v_seq: Whether the potential after every reset is also returned.
         backend: A name listed by :func:`available_backends`, or ``"auto"``, which uses the fastest
             one that can run the call.
-        threads_per_block: Block size of the CUDA kernel, only used by ``"cupy"``; None lets the
-            kernel choose it.
 
     Returns:
         Spikes [T, N, *] in the dtype of ``x_seq``, last potential [N, *] and potentials [T, N, *]
@@ -148,9 +145,7 @@ def dlif_multi_step(
         spike_seq, v, potentials = reference.multi_step(inputs)
         return Outputs(spike_seq, v, potentials if store_v_seq else None)
     if x_seq.is_contiguous():
-        return _run(
-            inputs, store_v_seq=store_v_seq, backend=name, threads_per_block=threads_per_block
-        )
+        return _run(inputs, store_v_seq=store_v_seq, backend=name)
     order = _memory_order(x_seq)
     inputs = Inputs(
         x_seq=x_seq.permute(order).contiguous(),
@@ -158,9 +153,7 @@ def dlif_multi_step(
         v_init=None if v_init is None else v_init.permute([dim - 1 for dim in order[1:]]),
         config=config,
     )
-    spike_seq, v, v_seq = _run(
-        inputs, store_v_seq=store_v_seq, backend=name, threads_per_block=threads_per_block
-    )
+    spike_seq, v, v_seq = _run(inputs, store_v_seq=store_v_seq, backend=name)
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
     return Outputs(
         spike_seq=spike_seq.permute(inverse),
@@ -169,10 +162,8 @@ def dlif_multi_step(
     )
 
 
-def _run(
-    inputs: Inputs, *, store_v_seq: bool, backend: str, threads_per_block: int | None
-) -> Outputs:
-    """Run a backend on contiguous currents [T, *]; a kernel for CUDA reads the block size."""
+def _run(inputs: Inputs, *, store_v_seq: bool, backend: str) -> Outputs:
+    """Run a backend on contiguous currents [T, *]."""
     spike_seq, v, v_seq = _dlif(
         inputs.x_seq,
         inputs.input_gain,
@@ -180,7 +171,6 @@ def _run(
         **inputs.config.arguments,
         store_v_seq=store_v_seq,
         backend=backend,
-        threads_per_block=threads_per_block,
     )
     return Outputs(spike_seq, v, v_seq if store_v_seq else None)
 
@@ -357,10 +347,8 @@ unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 failing_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def implementation(name: str, threads_per_block: int | None = None) -> Implementation:
-    """The implementation of a name; only ``"cupy"`` reads the block size."""
-    if name == "cupy" and threads_per_block is not None:
-        return cupy_launch.Launcher(threads_per_block=threads_per_block)
+def implementation(name: str) -> Implementation:
+    """The implementation of a name."""
     found: Implementation = _KERNELS.get(name, eager)
     return found
 
@@ -678,11 +666,10 @@ def _forward(
     *,
     store_v_seq: bool,
     backend: str,
-    threads_per_block: int | None,
     **constants: Any,
 ) -> Outputs:
     inputs = _inputs(x_seq, input_gain, v_init, constants)
-    return forward(implementation(backend, threads_per_block), inputs, store_v_seq)
+    return forward(implementation(backend), inputs, store_v_seq)
 
 
 def _forward_fake(
@@ -701,7 +688,6 @@ def _backward(
     *,
     needs_v_init: bool,
     backend: str,
-    threads_per_block: int | None,
     **constants: Any,
 ) -> InputGradients:
     inputs = _inputs(x_seq, input_gain, v_init, constants)
@@ -712,8 +698,7 @@ def _backward(
         v=None if grad_v is None else grad_v.contiguous(),
         v_seq=None if grad_v_seq is None else grad_v_seq.contiguous(),
     )
-    found = implementation(backend, threads_per_block)
-    return backward(found, inputs, grads, needs_v_init)
+    return backward(implementation(backend), inputs, grads, needs_v_init)
 
 
 def _backward_fake(
@@ -737,7 +722,7 @@ def _inputs(
     return Inputs(x_seq.contiguous(), input_gain.contiguous(), v_init, config)
 
 
-_CALL = f"{CONSTANTS}, str backend, int? threads_per_block"
+_CALL = f"{CONSTANTS}, str backend"
 _dlif = define(
     f"dlif(Tensor x_seq, Tensor input_gain, Tensor? v_init, *, {_CALL}, bool store_v_seq) -> "
     "(Tensor spike_seq, Tensor v, Tensor v_seq)",
