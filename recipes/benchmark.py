@@ -33,7 +33,6 @@ from lab.command_line import (
     WrongUse,
     Yaml,
     check_options,
-    checked,
     describe_folder,
     read_options,
     run_recipe,
@@ -81,8 +80,6 @@ class Options:
     """Number of torch threads."""
     allocators: tuple[Literal["malloc", "reuse"], ...] = ("malloc", "reuse")
     """malloc: map every large tensor anew. reuse: keep the heap."""
-    instruction_set: str | None = None
-    """Instruction set of the compiled kernel: baseline, avx2 or avx512; None: the best one."""
 
     # output
     output: OutputFolder | None = None
@@ -96,24 +93,19 @@ if __name__ == "__main__":
 
 import hashlib
 import json
+import os
 import shlex
-import sys
 
 import torch
-from lab.benchmarking.benchmarks import (
-    BENCHMARKS,
-    GPU_BENCHMARKS,
-    check_instruction_set,
-    chosen_instruction_set,
-)
+from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
 from lab.benchmarking.race import NOT_HERE, TOO_LONG, Race, refuse_unless_tests_pass, run_gpu_tests
-from lab.benchmarking.results import TESTS, Results, Row, caption, draw, load, markdown, table
+from lab.benchmarking.results import TESTS, Results, Row, draw, load, markdown
 from rich.console import Console
-from rich.table import Table
 
 import sj_robust
 from sj_robust.core.console import working
 from sj_robust.core.environment import environment, processor, version_of
+from sj_robust.ops.dlif import cpp
 
 PEERS = ("snntorch", "norse")
 GPU_PACKAGES = ("triton", "cupy-cuda12x", "cupy-cuda13x")
@@ -132,7 +124,7 @@ def main(arguments: list[str]) -> None:
         )
     races = races_on_gpu() if options.device == "cuda" else races_on_cpu(options)
     where = measured_with(options)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for name, value in where.items():
         console.print(f"{name}: {value}")
     if options.output is not None:
@@ -147,15 +139,10 @@ def main(arguments: list[str]) -> None:
             results = Results(csv_file(options, where, race.subject), where)
             hung = [row.method for row in rows if row.reason.startswith(TOO_LONG)]
             left = [method for method in race.left(results) if method not in hung]
-            found = race.run(
-                left,
-                rounds=options.rounds,
-                threads=options.threads,
-                environ=instruction_set(options),
-            )
+            found = race.run(left, rounds=options.rounds, threads=options.threads)
             rows += found
             results.add(found)
-            show(found, console)
+            console.print("\n".join(markdown(found)))
             save(results, arguments)
             step()
     for path in dict.fromkeys(csv_file(options, where, race.subject) for race in races):
@@ -178,8 +165,6 @@ def races_on_gpu() -> list[Race]:
 
 def races_on_cpu(options: Options) -> list[Race]:
     """One benchmark; methods and shapes that it does not have are refused."""
-    with checked():
-        check_instruction_set(options.instruction_set)
     benchmark = BENCHMARKS[options.what]
     methods = tuple(options.methods or benchmark.methods)
     for method in methods:
@@ -207,7 +192,8 @@ def measured_with(options: Options) -> dict[str, str]:
     """Machine, versions and code, which stand beside every row."""
     where = environment(options.device) | {"threads": str(options.threads)}
     where |= {"rounds": str(options.rounds)}
-    where |= {"processor": processor(), "instruction_set": options.instruction_set or "best"}
+    where |= {"processor": processor()}
+    where |= {"instruction_set": os.environ.get(cpp.INSTRUCTION_SET_VARIABLE, "best")}
     for package in GPU_PACKAGES if options.device == "cuda" else PEERS:
         where[package] = version_of(package) or "not installed"
     digest = hashlib.sha256()
@@ -218,19 +204,12 @@ def measured_with(options: Options) -> dict[str, str]:
     return where | {"code": digest.hexdigest()[:12]}
 
 
-def instruction_set(options: Options) -> dict[str, str]:
-    """The environment variable that names it."""
-    chosen = options.instruction_set
-    return {} if chosen is None else chosen_instruction_set(chosen)
-
-
 def csv_file(options: Options, where: dict[str, str], subject: str) -> Path | None:
     """Where the rows of a benchmark are kept, if anywhere."""
     if options.output is None:
         return None
-    added = where["spikingjelly"] if options.device == "cuda" else options.instruction_set
-    name = subject if added is None else f"{subject}-{added}"
-    return Path(options.output) / f"{name}.csv"
+    release = f"-{where['spikingjelly']}" if options.device == "cuda" else ""
+    return Path(options.output) / f"{subject}{release}.csv"
 
 
 def check(options: Options, where: dict[str, str], arguments: list[str], console: Console) -> None:
@@ -242,24 +221,7 @@ def check(options: Options, where: dict[str, str], arguments: list[str], console
         save(results, arguments)
         return
     with working("running the tests of what is timed", console):
-        refuse_unless_tests_pass(tests, options.what, instruction_set(options))
-
-
-def show(rows: list[Row], console: Console) -> None:
-    """One race on the terminal."""
-    for row in rows:
-        if row.reason:
-            console.print(f"{row.method} is skipped: {row.reason}")
-    timed = [row for row in rows if not row.reason]
-    if not timed:
-        return
-    heads, lines = table(timed)
-    result = Table(title=caption(timed))
-    for name in heads:
-        result.add_column(name, justify="left" if name == "method" else "right")
-    for line in lines:
-        result.add_row(*line)
-    console.print(result)
+        refuse_unless_tests_pass(tests, options.what)
 
 
 def save(results: Results, arguments: list[str]) -> None:

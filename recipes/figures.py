@@ -4,7 +4,6 @@ Examples:
     python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
     python recipes/figures.py runs/digits-dlif-at-1 --which gains curves  # some of them
     python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
-    python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
     python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
 
 The numbers of every figure are saved as NAME.json, and the figure is drawn from that file.
@@ -30,7 +29,7 @@ from lab.command_line import (
 )
 from tyro.conf import Positional
 
-_Figure = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
+_Figure = Literal["all", "neuron", "gains", "curves", "intensity"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,14 @@ class Options:
 
     # figures
     run: Annotated[str | None, Positional] = None
-    """Folder of a run of adv_train, of one of its networks, or of a sweep; the figure neuron
-    needs none."""
+    """Folder of a run of adv_train, or of one of its networks; the figure neuron needs none."""
     which: tuple[_Figure, ...] = ("all",)
     """Figures to draw:
     - neuron: one LIF neuron (figure 1 of the paper).
-    - rho: accuracy over rho (figure 3); needs a sweep.
     - gains: learned input gains (figure 4).
     - curves: training curves (figure 5).
     - intensity: indicators and heat maps over eps.
     - all: every figure for which the folder has numbers."""
-    columns: list[str] | None = None
-    """For the figure rho: columns to show, as shell patterns such as pgd20 or paper/*; None: the
-    default ones."""
 
     # intensity
     eps: tuple[Radius, ...] = tuple(map(Radius, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)))
@@ -99,9 +93,6 @@ from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, intensity_correlation
 from sj_robust.perturbation.intensity import Perturbation
 
-_OF_A_RUN = ["neuron", "gains", "curves", "intensity"]
-"""Figures that ``all`` stands for where the folder is a run of adv_train."""
-
 
 def main(arguments: list[str]) -> None:
     """Compute and draw, or draw again."""
@@ -120,16 +111,10 @@ def main(arguments: list[str]) -> None:
         "gains": gains,
         "curves": curves,
         "intensity": intensity,
-        "rho": rho,
     }
-    chosen: list[str] = [name for name in makers if name in options.which]
-    if "all" in options.which:
-        is_sweep = options.run is not None and not networks_in(options)
-        chosen = ["rho"] if is_sweep else _OF_A_RUN
+    chosen = [name for name in makers if {name, "all"}.intersection(options.which)]
     if options.run is None and chosen != ["neuron"]:
-        raise WrongUse(
-            "give the folder of a run of adv_train or of a sweep; --which neuron alone needs none"
-        )
+        raise WrongUse("give the folder of a run of adv_train; --which neuron alone needs none")
     if options.run is None and options.output is None:
         raise WrongUse(
             "give --output, the folder to write to, since there is no run whose folder could be "
@@ -196,30 +181,6 @@ def intensity(options: Options, folder: Path) -> None:
             )
 
 
-def rho(options: Options, folder: Path) -> None:
-    """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep; it has no
-    file of numbers beside them.
-    """
-    import sweep  # imports matplotlib
-    from lab.sweeping.report import Results, plot_effect
-
-    run = Path(str(options.run))
-    if not (run / sweep.SWEEP_FILE).is_file():
-        raise FileNotFoundError(
-            f"{run} holds no {sweep.SWEEP_FILE}; make a sweep over rho with recipes/sweep.py"
-        )
-    settings = sweep.parse(["--output", str(run)])
-    results = Results(sweep.plan(settings, run).runs, sweep.axes_of(settings))
-    columns = results.columns(options.columns, few=True)
-    drawn = plot_effect(results, "rho", columns, folder / "rho")
-    if not drawn:
-        raise ValueError(
-            f"rho has a single value in {run}, or no columns fit {options.columns}; there are "
-            f"{', '.join(results.columns(['*']))}"
-        )
-    print(f"{len(results.records)} runs drawn as {', '.join(file.name for file in drawn)}")
-
-
 def images_for(options: Options, subject: Subject) -> tuple[Tensor, Tensor]:
     """Test images [N, C, H, W] for a network, and labels [N], all moved to the device."""
     if subject.spec is not None and subject.spec.frames:
@@ -268,15 +229,10 @@ def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
     )
 
 
-def networks_in(options: Options) -> list[Path]:
-    """Checkpoints of the run."""
-    folder = Path(str(options.run))
-    return [*folder.glob("best.pt"), *sorted(folder.glob("*/best.pt"))]
-
-
 def subjects(options: Options) -> list[Subject]:
     """The networks of the run."""
-    paths = networks_in(options)
+    folder = Path(str(options.run))
+    paths = [*folder.glob("best.pt"), *sorted(folder.glob("*/best.pt"))]
     if not paths:
         raise FileNotFoundError(
             f"no best.pt in {options.run} or its folders; give a run of adv_train that is finished"

@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.proofs.moves import EVENTS, Events
-from sj_robust.proofs.program import Operation, Program, captured, recorded
-from sj_robust.proofs.replay import (
+from sj_robust.proofs.neurons import (
     as_lif,
     counts,
     has_steps,
-    leaves_of,
     no_bounds,
-    rows_of,
     stepped,
 )
+from sj_robust.proofs.program import Operation, Program, captured, recorded
 from sj_robust.proofs.rounding import SLACK, NoBoundsError
 from sj_robust.proofs.rules import step
 from sj_robust.proofs.spiking import (
@@ -34,24 +31,21 @@ from sj_robust.proofs.spiking import (
     SpikingBounds,
 )
 from sj_robust.proofs.structure import (
-    LAYOUTS,
     Forms,
-    Layout,
+    ReadCall,
     Structure,
     by_row,
-    laid_out,
-    layout_of,
 )
 from sj_robust.proofs.values import (
     Bounds,
     Function,
-    Origin,
     bounds_of,
     reshaped,
 )
 
 __all__ = [
     "BoundedRun",
+    "LayerCall",
     "Leaf",
     "Programs",
     "bounded_logits",
@@ -71,6 +65,8 @@ class Leaf:
     """Where the samples are; -1 if dimension 0 holds the time steps of all samples, first step
     first.
     """
+    operation: Operation | None
+    """The operation that gives it; None for the images."""
 
     def by_sample(self, values: Tensor, samples: int) -> Tensor:
         """Values of the shape of the radius as rows, one per sample: [N, values]."""
@@ -104,12 +100,22 @@ class _Switch:
     on: bool = False
 
 
-def _alone(by: Function, rows: Tensor, dim: int) -> Tensor:
-    """Samples along a dimension whose values meet, which must be of one sample."""
-    first = rows.narrow(dim, 0, 1)
-    if bool((rows != first).any()):
-        raise NoBoundsError(f"{by.name} of values of several samples of a batch")
-    return first
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a spiking layer or of another function on bounds: an affine map of earlier leaves
+    ends here, and a leaf begins.
+
+    Attributes:
+        by: The spiking layer, or the function.
+        read: What the structure says of it.
+        current: What reaches it, laid out with its samples in a dimension.
+        batch_dim: Where the current has its samples, as a leaf.
+    """
+
+    by: Neuron | Function
+    read: ReadCall
+    current: Bounds
+    batch_dim: int
 
 
 class _Cut(torch.autograd.Function):
@@ -147,16 +153,17 @@ class BoundedRun:
     points = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 
-    layouts: tuple[Layout, ...] | None = None
-    """What every call of :meth:`_layout` gives, in turn, if that is known: a single sample alone
-    does not tell where it is.
-    """
-
     narrow = False
     """See :class:`sj_robust.proofs.rules.Run`."""
 
     program: Program
     """What runs; set as it begins."""
+
+    structure: Structure
+    """How that treats samples and time; likewise."""
+
+    operation: Operation | None = None
+    """What runs now."""
 
     def __init__(
         self,
@@ -174,8 +181,10 @@ class BoundedRun:
         self.surrogate_width = surrogate_width
         self.cut = _Switch()
         self.leaves: list[Leaf] = []
-        self.laid: list[Layout] = []
-        """What every call of :meth:`_layout` gave so far."""
+        self._laid = 0
+        """Values whose layout was asked for so far."""
+        self._called = 0
+        """Calls so far; see :attr:`Structure.calls`."""
         self.changed: Bounds | None = None
         """The frames, if at most some of their events change."""
         self.apart: dict[str, str] = {}
@@ -198,14 +207,13 @@ class BoundedRun:
         if self.differentiable:
             # torch leaves apply untyped
             centre = _Cut.apply(centre, self.cut)  # type: ignore[no-untyped-call]
-        found = Bounds(centre, radius, run=self)
-        found.origin = Origin(leaf=len(self.leaves), shape=found.shape)
-        self.leaves.append(Leaf(centre, radius, batch_dim))
-        return found
+        self.leaves.append(Leaf(centre, radius, batch_dim, self.operation))
+        return Bounds(centre, radius, run=self)
 
     def apply(self, operation: Operation, args: Any, kwargs: Any) -> Any:
         """Bounds of an operation of the network's program."""
         func = operation.func
+        self.operation = operation
         try:
             if isinstance(func, Neuron):
                 return self._spikes_behind(self.neurons[func.name], *args)
@@ -295,18 +303,18 @@ class BoundedRun:
 
     def _spikes_behind(self, neuron: Neuron, x: Bounds) -> Bounds:
         """What a neuron gives for a current."""
-        name = neuron.name
         batch_dim = 1 if neuron.module.step_mode == "m" else 0
-        if x.ndim <= batch_dim or x.shape[batch_dim] != self.samples:
-            raise NoBoundsError(
-                f"the layer {name} in step mode {neuron.module.step_mode!r} on "
-                f"{tuple(x.shape)} for {self.samples} samples, which must be [T, N, *] in "
-                "mode 'm' and [N, *] in mode 's'"
-            )
-        if self.changed is not None and x.changes is None and 0 in leaves_of(x.origin):
-            self.apart[name] = "its current is more than one convolution or linear map"
-        self._reached(x, batch_dim, neuron)
+        read = self._call(neuron, x, batch_dim)
+        if self.changed is not None and x.changes is None and 0 in read.leaves:
+            self.apart[neuron.name] = "its current is more than one convolution or linear map"
         return self._leaf_behind(neuron, x, batch_dim)
+
+    def _call(self, by: Neuron | Function, x: Bounds, batch_dim: int) -> ReadCall:
+        """The next call."""
+        read = self.structure.calls[self._called]
+        self._called += 1
+        self._reached(LayerCall(by, read, x, batch_dim))
+        return read
 
     def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
         """The spikes of a layer for a current, with which a leaf begins."""
@@ -320,62 +328,23 @@ class BoundedRun:
         return self.leaf(spikes, batch_dim)
 
     def begin(self, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
-        """A leaf with these values, which an operation gives for arguments.
-
-        Where the samples are follows from what was done to the leaves before: of [T, N, *], [T * N,
-        *] and [N, T, *] a function may get any.
-        """
-        if self.changed is not None and any(0 in leaves_of(x.origin) for x in arguments):
-            self.apart["a max pooling or ReLU"] = "after it, every value has its own budget"
-        rows = self._rows(by, arguments, values.low.shape)
-        laid = [self._in_layout(x) for x in arguments]
-        for x, batch_dim in laid:
-            self._reached(x, batch_dim, by)
-        batch_dim, shape = self._layout(rows)
-        laid_values = values.each(lambda end: end.reshape(shape))
-        found = self.leaf(laid_values, batch_dim)
+        """A leaf with these values, which an operation gives for arguments."""
+        assert self.operation is not None  # which has the rule
+        for x in arguments:
+            batch_dim, shape = self._layout(x.shape)
+            read = self._call(by, reshaped(x, shape), batch_dim)
+            if self.changed is not None and 0 in read.leaves:
+                self.apart["a max pooling or ReLU"] = "after it, every value has its own budget"
+        batch_dim, shape = self._layout(self.operation.shape)
+        found = self.leaf(values.each(lambda end: end.reshape(shape)), batch_dim)
         return reshaped(found, values.low.shape)
 
-    def _rows(self, by: Function, arguments: list[Bounds], shape: torch.Size) -> Tensor:
-        """Samples of the elements of a result, each of which is one of a single sample."""
-        found: list[Tensor] = []
-        for number, x in enumerate(arguments):
-            rows = self._samples_of(x)
-            if by.along:
-                rows = _alone(by, rows, by.along[number])
-            if rows.ndim == len(shape):
-                for dim, size in enumerate(shape):
-                    if rows.shape[dim] != size:
-                        rows = _alone(by, rows, dim)
-            found.append(rows.expand(shape))
-        if any(not torch.equal(rows, found[0]) for rows in found):
-            raise NoBoundsError(f"{by.name} of values of several samples of a batch")
-        return found[0]
-
-    def _samples_of(self, x: Bounds) -> Tensor:
-        """The number of the sample of each element of bounds."""
-
-        def of_leaf(number: int) -> Tensor:
-            leaf = self.leaves[number]
-            like = by_row(leaf.radius, self.samples, leaf.batch_dim)
-            numbers = torch.arange(self.samples, device=like.device)
-            rows = along(numbers, 0, like.ndim).expand(like.shape)
-            return laid_out(rows, leaf.batch_dim)
-
-        return rows_of(x.origin, of_leaf)
-
-    def _in_layout(self, x: Bounds) -> tuple[Bounds, int]:
-        """Bounds in a shape in which the samples have a dimension, and which one."""
-        batch_dim, shape = self._layout(self._samples_of(x))
-        return reshaped(x, shape), batch_dim
-
-    def _layout(self, rows: Tensor) -> tuple[int, torch.Size]:
-        """Where the samples are, see :class:`Leaf`, in which shape, for those of all elements."""
-        possible: tuple[Layout, ...] = LAYOUTS
-        if self.layouts is not None:
-            possible = self.layouts[len(self.laid) : len(self.laid) + 1]
-        layout, shape = layout_of(rows, self.samples, possible)
-        self.laid.append(layout)
+    def _layout(self, given: torch.Size) -> tuple[int, torch.Size]:
+        """Where the samples of the next value are, see :class:`Leaf`, and in which shape."""
+        layout = self.structure.layouts[self._laid]
+        self._laid += 1
+        shape = layout.shape(given, self.samples)
+        assert shape is not None  # the structure of so many samples has been read
         return layout.batch_dim, shape
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
@@ -400,7 +369,7 @@ class BoundedRun:
         assert last_step is not None  # the layer has run
         return self._spiking(self.neurons[name]).reset(*last_step)
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
+    def _reached(self, call: LayerCall) -> None:
         """An affine map ends here, at a spiking layer or an argument of another function, from
         which the next leaf comes.
         """
@@ -514,6 +483,7 @@ def bounded_logits(
     try:
         programs = Programs(model, run.neurons) if programs is None else programs
         run.program = _program(model, run, images, programs)
+        run.structure = programs.structure(images)
         with torch.enable_grad():
             leaf = run.leaf(box, 0)
             if isinstance(eps, EVENTS):
@@ -534,8 +504,6 @@ def _program(
         if found.cut:
             raise NoBoundsError("training of what runs without a graph, as in torch.no_grad()")
         return found
-    if run.samples == 1:
-        run.layouts = tuple(programs.structure(images).layouts)
     return programs.of(images)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import first_argument
 from sj_robust.core.preserved import evaluation_mode, full_precision, other_forward, preserved
-from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
+from sj_robust.proofs.bounds import BoundedRun, bounded_neurons
 from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
@@ -92,6 +92,7 @@ class DifferentiableBounds:
         self._surrogate_width = surrogate_width
         self._method = method
         self._over_time: OverTime | None = None
+        self._maps: Maps | None = None
         self.classifier = classifier
         self._neurons = bounded_neurons(classifier)
         self._statistics = statistics
@@ -123,7 +124,8 @@ class DifferentiableBounds:
             if self._method == "joint" or isinstance(eps, EVENTS):  # made for one precision
                 stack.enter_context(torch.autocast(x.device.type, enabled=False))
             run = self._run(len(x))
-            return run.lead(bounded_logits(self.classifier, run, x, eps), y)
+            assert self._maps is not None  # found out when the network was checked
+            return run.lead(self._maps.bounded(run, x, eps), y)
 
     def _given(self, name: str, seen: list[tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
         """Context in which a batch norm has these statistics, call by call."""
@@ -140,12 +142,12 @@ class DifferentiableBounds:
             stack.enter_context(full_precision(x.device))
             with preserved(self.classifier, "all", hooks=False):
                 check_kept(self.classifier, x)
-            maps = Maps(self.classifier, self._neurons, x[0])
-            maps.structure()
+            self._maps = Maps(self.classifier, self._neurons, x[0])
+            self._maps.structure()
             check_neurons(self._neurons, self.classifier.T, x)
             check_surrogates(self.classifier.net, self._neurons, x)
             if self._method == "joint":
-                self._over_time = OverTime(maps, self.classifier.T)
+                self._over_time = OverTime(self._maps, self.classifier.T)
         self._checked = True
 
     def _run(self, samples: int) -> BoundedRun:

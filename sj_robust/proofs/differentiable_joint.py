@@ -12,7 +12,7 @@ from sj_robust.ops.trains.reference import Spiking, differentiable_sums
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.differentiable_chains import DifferentiableChain, trained
 from sj_robust.proofs.joint import JointRun, MappedSums, OverTime
-from sj_robust.proofs.replay import counts
+from sj_robust.proofs.neurons import counts
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Centred, Interval, RealSpiking
 from sj_robust.proofs.structure import by_step, in_layout
@@ -109,7 +109,7 @@ class DifferentiableJointRun(JointRun):
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """See :class:`BoundedRun`."""
-        if not self.over_time.counts or logits.origin is None:
+        if not self.over_time.counts:
             return BoundedRun.lead(self, logits, y)
         return self._lead_of_counts(logits, y)
 

@@ -109,8 +109,7 @@ def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
     along_dim = torch.amax if is_max else torch.amin
     values = interval(x).each(lambda end: along_dim(end, dim, keepdim=True))
-    by = Function(f"a {name}", along=(dim,))
-    found = new_leaf(x.run, by, [x], values)
+    found = new_leaf(x.run, Function(f"a {name}"), [x], values)
     if not keepdim:
         found = bounds_of(torch.Tensor.squeeze, found, dim)
     without_places = name in ("amax", "amin")
@@ -180,8 +179,7 @@ def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
     """Softmax along a dimension."""
     check_dtype(x, *args, *kwargs.values())
     values = nonlinear.softmax(interval(x), dim, rounded=is_rounded(x.run))
-    by = Function("a softmax", along=(dim,))
-    return new_leaf(x.run, by, [x], values)
+    return new_leaf(x.run, Function("a softmax"), [x], values)
 
 
 def _layer_norm(
@@ -236,8 +234,7 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
         shift,
         rounded=is_rounded(group.run),
     )
-    by = Function(name, along=(-1,))
-    return new_leaf(group.run, by, [group], values)
+    return new_leaf(group.run, Function(name), [group], values)
 
 
 def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:

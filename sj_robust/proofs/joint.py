@@ -13,13 +13,13 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Currents, StepBounds, Windows
 from sj_robust.ops.trains.reference import bounded_steps
-from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.bounds import BoundedRun, LayerCall
 from sj_robust.proofs.changes import Changes, changed_sums, share_frames
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
-from sj_robust.proofs.replay import counts, leaves_of, replayed
+from sj_robust.proofs.neurons import counts
+from sj_robust.proofs.program import Operation, Program, Value
 from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, charge_rounding
-from sj_robust.proofs.rules import Bounds, Function
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 from sj_robust.proofs.structure import (
     ReadCall,
@@ -29,6 +29,7 @@ from sj_robust.proofs.structure import (
     by_step,
     in_layout,
 )
+from sj_robust.proofs.values import Bounds, Function, bounds_of, reshaped
 from sj_robust.proofs.windows import (
     KEPT,
     ListedTrains,
@@ -44,7 +45,7 @@ from sj_robust.proofs.windows import (
     weighted_sums,
 )
 
-__all__ = ["JointRun", "LayerCall", "MappedSums", "OverTime"]
+__all__ = ["JointRun", "MappedSums", "OverTime"]
 
 _SUMS = 4
 """Sums over time that are held against their bounds at a point."""
@@ -150,26 +151,6 @@ class OverTime:
                 spiking, T, largest=largest, error=error, device=device
             )
         return self._trains[key]
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """A call of a spiking layer or of another function on bounds: an affine map of earlier leaves
-    ends here, and a leaf begins.
-
-    Attributes:
-        by: The spiking layer, or the function.
-        leaf: Number of the leaf.
-        current: What reaches it.
-        batch_dim: Where the current has its samples, as a leaf.
-        first: Time steps of the layer before this call.
-    """
-
-    by: Neuron | Function
-    leaf: int
-    current: Bounds
-    batch_dim: int
-    first: int
 
 
 class JointRun(BoundedRun):
@@ -306,7 +287,7 @@ class JointRun(BoundedRun):
         class.
         """
         alone = super().lead(logits, y)
-        if not self.over_time.counts or logits.origin is None:
+        if not self.over_time.counts:
             return alone
         return torch.minimum(alone, self._lead_of_counts(logits, y))
 
@@ -331,12 +312,9 @@ class JointRun(BoundedRun):
         wider = bounds.widened(FLOAT64_GAP * len(spikes))
         return wider.holds(sums.view(bounds.low.shape))
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        first = 0
-        if isinstance(by, Neuron) and counts(by) is None:
-            first = self.memories[by.name].trains.steps
-        self.layer_calls.append(LayerCall(by, len(self.leaves), x.same(), batch_dim, first))
-        self._by = by
+    def _reached(self, call: LayerCall) -> None:
+        self.layer_calls.append(replace(call, current=call.current.same()))
+        self._by = call.by
 
     def _current(self, call: LayerCall) -> Interval:
         """Bounds of a current in exact arithmetic, [steps, N, *]."""
@@ -429,8 +407,7 @@ class JointRun(BoundedRun):
         entering = self.changed.changes
         assert isinstance(entering, Shifts)
         call = self.layer_calls[-1]
-        origin = call.current.origin
-        assert origin is not None
+        program, _ = self._map_to_current()
         frames = self.changed.centre.shape[1]
         steps = len(by_step(call.current.radius, self.samples, call.batch_dim))
         first = weights.shape[1] - steps
@@ -445,7 +422,7 @@ class JointRun(BoundedRun):
             exact.rounded = False
             shifts = entering.over_time(places)
             entered = Bounds(nothing, nothing, run=exact, changes=shifts)
-            found = replayed(origin, {0: entered}).changes
+            found = _mapped(program, {None: entered}).changes
             assert found is not None
             raised = by_step(found.raised(), self.samples, call.batch_dim)
             lowered = by_step(found.lowered(), self.samples, call.batch_dim)
@@ -491,22 +468,33 @@ class JointRun(BoundedRun):
             self.apart[name] = "an event changes its current in several steps"
         return not shared
 
+    def _map_to(self, value: Value) -> tuple[Program, list[int]]:
+        """What leads from leaves to a value of the program, and the numbers of these leaves."""
+        begins = {leaf.operation: number for number, leaf in enumerate(self.leaves)}
+        program = self.program.behind(begins, value)
+        numbers = [begins[operation] for operation in program.needed if operation in begins]
+        return program, [*([0] if program.takes_input else []), *numbers]
+
+    def _map_to_current(self) -> tuple[Program, list[int]]:
+        """The same of the current of the layer that is called now."""
+        assert self.operation is not None
+        return self._map_to(self.operation.values[0])
+
     def _other_run(self) -> BoundedRun:
-        """One in which the calls behind bounds run again."""
+        """One in which operations run again."""
         other = BoundedRun(self.neurons, self.samples, differentiable=self.differentiable)
         other.dtype = self.dtype
         return other
 
     def _lead_of_counts(self, logits: Bounds, y: Tensor) -> Tensor:
         """What the bounds of spike counts give."""
-        origin = logits.origin
-        assert origin is not None
+        program, numbers = self._map_to(self.program.output)
         means = self._other_run()
         leaves = {}
         begun: dict[int, Bounds] = {}
-        for number in sorted(leaves_of(origin)):
-            leaves[number] = self._mean_leaf(number, means, begun)
-        found = replayed(origin, leaves)
+        for number in numbers:
+            leaves[self.leaves[number].operation] = self._mean_leaf(number, means, begun)
+        found = _mapped(program, leaves)
         joint = Bounds(found.centre, found.radius, logits.error, means)
         return means.lead(joint, y)
 
@@ -571,8 +559,7 @@ class JointRun(BoundedRun):
         sum without weights is the shift alone.
         """
         call = self.layer_calls[-1]
-        origin = call.current.origin
-        assert origin is not None
+        program, numbers = self._map_to_current()
         steps = len(by_step(call.current.radius, self.samples, call.batch_dim))
         places = steps * (len(weights) // steps + 1)
         without = weights.new_zeros(places - len(weights), weights.shape[1])
@@ -581,7 +568,7 @@ class JointRun(BoundedRun):
         exact.rounded = False
         exact.narrow = self.rounded and self.dtype == torch.float32
         leaves = {}
-        for number in leaves_of(origin):
+        for number in numbers:
             leaves[number] = self._weighted(number, padded, exact, steps)
 
         def chosen(part: Tensor) -> Tensor:
@@ -592,8 +579,8 @@ class JointRun(BoundedRun):
         centres = []
         radii = []
         for turn in range(places // steps):
-            taken = {number: of_turn[turn] for number, of_turn in leaves.items()}
-            found = replayed(origin, taken)
+            taken = {self.leaves[number].operation: one[turn] for number, one in leaves.items()}
+            found = _mapped(program, taken)
             centres.append(chosen(found.centre))
             radii.append(chosen(found.radius))
         return MappedSums(
@@ -628,6 +615,18 @@ class JointRun(BoundedRun):
             assert laid_radius.shape == leaf.radius.shape  # see _run_together
             found.append(Bounds(laid_centre, laid_radius, run=run))
         return found
+
+
+def _mapped(program: Program, leaves: dict[Operation | None, Bounds]) -> Bounds:
+    """What a program makes of leaves, by the operations that give them; None is the input."""
+
+    def apply(operation: Operation, args: Any, kwargs: Any) -> Any:
+        if operation in leaves:
+            return reshaped(leaves[operation], operation.shape)
+        return bounds_of(operation.func, *args, **kwargs)
+
+    found: Bounds = program.run(leaves.get(None), apply)
+    return found
 
 
 @dataclass(frozen=True)

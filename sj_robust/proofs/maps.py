@@ -7,6 +7,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.bounds import (
     BoundedRun,
+    LayerCall,
     Programs,
     bounded_logits,
     pulled_back,
@@ -14,7 +15,7 @@ from sj_robust.proofs.bounds import (
 )
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rules import Bounds, Function
+from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.structure import Structure
 
@@ -42,8 +43,8 @@ class Trace(BoundedRun):
         self.rounded = False
         self.currents: list[Tensor] = []
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        self.currents.append(x.centre)
+    def _reached(self, call: LayerCall) -> None:
+        self.currents.append(call.current.centre)
 
     def spikes(self, neuron: Neuron, x_seq: Interval) -> Interval:
         """See :class:`BoundedRun`: no spike is bounded."""

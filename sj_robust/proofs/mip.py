@@ -13,12 +13,13 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.trains.config import Constants
 from sj_robust.proofs._scipy import scipy_module
+from sj_robust.proofs.bounds import LayerCall
 from sj_robust.proofs.changes import Changes
-from sj_robust.proofs.joint import JointRun, LayerCall, OverTime
+from sj_robust.proofs.joint import JointRun, OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
+from sj_robust.proofs.neurons import counts
 from sj_robust.proofs.points import Points
-from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rules import Bounds, Pooling
 from sj_robust.proofs.spiking import Float32Spiking
 from sj_robust.proofs.structure import by_row, laid_out
@@ -665,7 +666,7 @@ class _Program:
         spikes = []
         for first in range(0, len(errors), layer.count):
             own = slice(first, first + layer.count)
-            step = layer.steps[call.first + first // layer.count]
+            step = layer.steps[call.read.first + first // layer.count]
             rounding = step.rounding + abs(step.gain) * errors[own]
             charged = self._charged(layer, step, current.at(own), rounding)
             open_ones = np.flatnonzero(step.is_open)
@@ -673,7 +674,7 @@ class _Program:
             self._open_spikes(layer, step, charged, spike, rounding, open_ones)
             spikes.append(spike)
             layer.potential = self._after_reset(layer, step, charged, spike)
-        self.leaves[call.leaf] = _stacked(spikes, self.size)
+        self.leaves[call.read.leaf] = _stacked(spikes, self.size)
 
     def _charged(self, layer: "_Layer", step: "_Step", current: _Affine, rounding: Any) -> _Affine:
         """The charged potentials h of a step."""
@@ -771,7 +772,7 @@ class _Program:
         lowest = _flat(pooling(call.current.lower))
         highest = _flat(pooling(call.current.upper))
         maxima = self.variables(lowest - _TOLERANCE, highest + _TOLERANCE)
-        self.leaves[call.leaf] = maxima
+        self.leaves[call.read.leaf] = maxima
         error = _flat(call.current.error)
         values = current.moved(0.0, self.rounding.slack(error))
         inputs = windows.inputs

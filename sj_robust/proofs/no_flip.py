@@ -18,8 +18,7 @@ from sj_robust.core.host import first_argument
 from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
-from sj_robust.proofs.bounds import BoundedRun, bounded_logits
-from sj_robust.proofs.replay import leaves_of
+from sj_robust.proofs.bounds import BoundedRun, LayerCall, bounded_logits
 from sj_robust.proofs.rounding import (
     LEAST_SHARE,
     charge_rounding,
@@ -27,9 +26,10 @@ from sj_robust.proofs.rounding import (
     reset_rounding,
     threshold_rounding,
 )
-from sj_robust.proofs.rules import Bounds, Function
+from sj_robust.proofs.rules import Function
 from sj_robust.proofs.soundness import check_neurons
 from sj_robust.proofs.spiking import Interval
+from sj_robust.proofs.structure import ReadCall
 
 __all__ = ["no_flip_radius"]
 
@@ -487,24 +487,25 @@ class _CurrentsRun(BoundedRun):
         """Whether all currents of T steps are there."""
         return all(len(found) == T for found in self.currents.values())
 
-    def passes_functions(self, x: Bounds) -> bool:
-        """Whether the input reaches bounds through something other than affine maps, such as a
+    def passes_functions(self, read: ReadCall) -> bool:
+        """Whether the input reaches a call through something other than affine maps, such as a
         product with spikes, and past all spiking layers.
         """
-        return bool(leaves_of(x.origin) & (self._of_input - {0}))
+        return bool(read.leaves & (self._of_input - {0}))
 
-    def _reached(self, x: Bounds, batch_dim: int, by: Neuron | Function) -> None:
-        if isinstance(by, Function):
-            if leaves_of(x.origin) & self._of_input:
-                self._of_input.add(len(self.leaves))
+    def _reached(self, call: LayerCall) -> None:
+        x = call.current
+        if isinstance(call.by, Function):
+            if call.read.leaves & self._of_input:
+                self._of_input.add(call.read.leaf)
             return
-        if self.passes_functions(x):
-            raise _NotAffineError(by.name)
-        if by.name not in self.currents:
+        if self.passes_functions(call.read):
+            raise _NotAffineError(call.by.name)
+        if call.by.name not in self.currents:
             return
         size = Interval(x.lower, x.upper).size()
-        currents = self.currents[by.name]
-        if batch_dim:
+        currents = self.currents[call.by.name]
+        if call.batch_dim:
             currents += zip(x.error, size, strict=True)
         else:
             currents.append((x.error, size))
@@ -523,14 +524,14 @@ def _rounding(
     """What float32 rounds of the currents of layers, for images within a radius [N] of each."""
     run = _CurrentsRun(neurons=neurons, samples=len(images), names=names)
     try:
-        logits = bounded_logits(model, run, images, along(radius, 0, images.ndim))
+        bounded_logits(model, run, images, along(radius, 0, images.ndim))
     except _NotAffineError:
         raise
     except NotImplementedError:  # of what follows, only runs with fixed spikes are known
         if not run.is_complete(model.T):
             raise
     else:
-        if run.passes_functions(logits):
+        if run.passes_functions(run.structure.calls[-1]):
             raise _past_neurons()
     found = {}
     for name, steps in run.currents.items():

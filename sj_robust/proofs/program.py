@@ -2,7 +2,7 @@
 bounded is what runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from sj_robust.core.host import functional
 from sj_robust.core.preserved import other_forward, same
 from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.dlif import DLIFNode
-from sj_robust.proofs.replay import spiking_surrogates
+from sj_robust.proofs.neurons import spiking_surrogates
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import ASKED, MAY_WRITE, RULES
 
@@ -94,37 +94,66 @@ class Program:
         output: What they are for.
         cut: Whether autograd does not see all of them: one is a ``detach``, or runs under
             ``no_grad`` where the caller has gradients on.
+        begins: Operations whose results are known, so that nothing before them runs.
     """
 
-    def __init__(self, operations: list[Operation], output: Value, *, cut: bool) -> None:
+    def __init__(
+        self,
+        operations: list[Operation],
+        output: Value,
+        *,
+        cut: bool,
+        begins: Container[Operation | None] = (),
+    ) -> None:
         """See the class."""
         self.operations = operations
         self.output = output
         self.cut = cut
-        self._needed = _needed(operations, output)
+        self._begins = begins
+        self._needed = _needed(operations, output, begins)
         last: dict[int, int] = {}
         for number in self._needed:
-            for value in operations[number].values:
+            for value in self._taken(number):
                 last[value.operation] = number
+        self.takes_input = -1 in last or output.operation == -1
         last.pop(output.operation, None)
         self._done: dict[int, list[int]] = {}
         for source, number in last.items():
             self._done.setdefault(number, []).append(source)
 
+    def behind(self, begins: Container[Operation | None], output: Value) -> "Program":
+        """What leads from the results of some operations, and the input, to a value."""
+        return Program(self.operations, output, cut=self.cut, begins=begins)
+
+    @property
+    def needed(self) -> list[Operation]:
+        """Those that run, and of those whose results are known the ones that are taken."""
+        return [self.operations[number] for number in self._needed]
+
+    def _taken(self, number: int) -> list[Value]:
+        """Values that an operation takes."""
+        operation = self.operations[number]
+        return [] if operation in self._begins else operation.values
+
     def run(self, x: Any, apply: Apply) -> Any:
-        """The output for another kind of input, each operation as ``apply`` says."""
+        """The output for another kind of input, each operation as ``apply`` says; operations with
+        known results are not given their arguments.
+        """
         made = {-1: x}
 
         def given(value: Any) -> Any:
             if not isinstance(value, Value):
                 return value
             found = made[value.operation]
-            return found if value.part is None else found[value.part]
+            is_one = value.part is None or self.operations[value.operation] in self._begins
+            return found if is_one else found[value.part]
 
         for number in self._needed:
             operation = self.operations[number]
-            args = mapped(operation.args, given)
-            made[number] = apply(operation, args, mapped(operation.kwargs, given))
+            is_known = operation in self._begins
+            args = () if is_known else mapped(operation.args, given)
+            kwargs = {} if is_known else mapped(operation.kwargs, given)
+            made[number] = apply(operation, args, kwargs)
             for done in self._done.get(number, ()):
                 del made[done]
         return given(self.output)
@@ -150,14 +179,20 @@ def plain(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return func(*args, **kwargs)
 
 
-def _needed(operations: list[Operation], output: Value) -> list[int]:
-    """Numbers of the operations that the output may depend on; spiking layers run on."""
+def _needed(
+    operations: list[Operation], output: Value, begins: Container[Operation | None]
+) -> list[int]:
+    """Numbers of the operations that the output may depend on; of a whole program spiking layers
+    run on.
+    """
     needed = {output.operation}
     for number in reversed(range(len(operations))):
         operation = operations[number]
-        if number in needed or isinstance(operation.func, Neuron):
+        runs_on = not begins and isinstance(operation.func, Neuron)
+        if number in needed or runs_on:
             needed.add(number)
-            needed |= {value.operation for value in operation.values}
+            if operation not in begins:
+                needed |= {value.operation for value in operation.values}
     return sorted(needed - {-1})
 
 
@@ -449,7 +484,7 @@ class Record(TorchFunctionMode):
                     )
                 self._check_states(neuron)
                 found = forward(x, *args, **kwargs)
-            self._add(Operation(neuron, (given,), {}, self._where), found)
+            self._add(Operation(neuron, (given,), {}, self._where, shape=found.shape), found)
             self._calls[name] += 1
             self._steps[name] += len(x) if neuron.module.step_mode == "m" else 1
             if isinstance(neuron.module.v, Tensor):

@@ -163,8 +163,7 @@ def _matmul(func: Any, a: Any, b: Any) -> Bounds:
         if a.ndim < 2 or b.ndim < 2:
             raise NoBoundsError("a product of vectors that depend on the input")
         values = nonlinear.matmul(interval(a), interval(b), rounded=is_rounded(run))
-        by = Function("a matrix product", along=(-1, -2))
-        return new_leaf(run, by, [a, b], values)
+        return new_leaf(run, Function("a matrix product"), [a, b], values)
     if isinstance(a, Bounds):
         return _matmul_with(a, constant(b, run), from_left=False)
     return _matmul_with(b, constant(a, run), from_left=True)
@@ -192,6 +191,10 @@ def _matmul_and_sum(
     """A matrix product and what is added to it."""
     if beta != 1 or alpha != 1:
         raise NoBoundsError("a matrix product with alpha or beta")
+    if isinstance(a, Bounds) and isinstance(b, Bounds):
+        raise NoBoundsError(
+            f"{func.__name__} of two values that depend on the input: multiply them first"
+        )
     product = bounds_of(torch.matmul, a, b)
     found: Bounds = bounds_of(torch.add, product, shift)
     return found

@@ -13,8 +13,8 @@ from sj_robust.core.preserved import Snapshot, preserved
 from sj_robust.neuron.charging import Charging, Neuron, has_known_dynamics
 from sj_robust.proofs.bounds import BoundedRun
 from sj_robust.proofs.joint import JointRun
+from sj_robust.proofs.neurons import counts, spiking_surrogates
 from sj_robust.proofs.program import Operation, plain
-from sj_robust.proofs.replay import counts, spiking_surrogates
 from sj_robust.proofs.rules import moved
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.values import Bounds, interval, rule_of

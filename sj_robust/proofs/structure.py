@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sj_robust.core.broadcast import along
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs import function_rules
+from sj_robust.proofs.neurons import counts
 from sj_robust.proofs.program import Operation, Program, mapped
-from sj_robust.proofs.replay import counts
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import moved
 from sj_robust.proofs.values import RULES
@@ -653,6 +653,8 @@ class Structure:
 
     def _spread(self, sample: Tensor, shape: torch.Size) -> Tensor:
         """Samples of the elements of a result, in which a dimension may have another size."""
+        if sample.ndim > len(shape):  # of a dimension that is gone one place is left
+            return sample.reshape(shape)
         if sample.ndim == len(shape):
             for dim, size in enumerate(shape):
                 if sample.shape[dim] not in (1, size):
@@ -736,7 +738,7 @@ def _tied(name: str, ndim: int, args: Any, kwargs: Any) -> Iterable[int]:
         return range(1, ndim)
     if name in ("max", "min", "amax", "amin") and sum(isinstance(v, _Labels) for v in args) == 1:
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        return (dim,) if isinstance(dim, int) else range(ndim)
+        return (dim,) if isinstance(dim, int) else dim or range(ndim)
     if name in _ELEMENTS:
         return ()
     return range(ndim)

@@ -18,9 +18,7 @@ __all__ = [
     "ON_TRUTH",
     "RULES",
     "Bounds",
-    "Call",
     "Function",
-    "Origin",
     "Pooling",
     "Rule",
     "Run",
@@ -50,12 +48,10 @@ class Function:
     Attributes:
         name: What a message calls it.
         pooling: What it does, if that is a max pooling.
-        along: For each argument the dimension whose values meet.
     """
 
     name: str
     pooling: Pooling | None = None
-    along: tuple[int, ...] = ()
 
 
 Rule = Callable[..., Any]
@@ -98,28 +94,6 @@ class Run(Protocol):
 
     def begin(self, by: Function, arguments: "list[Bounds]", values: Interval) -> "Bounds":
         """A leaf with these values, which an operation gives for arguments."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A call of a rule, with origins instead of bounds."""
-
-    rule: Rule
-    func: Any
-    args: Any
-    kwargs: Any
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """Where bounds come from: a leaf of their run, or a call of a rule and the number of the result
-    if it has several.
-    """
-
-    leaf: int | None = None
-    call: Call | None = None
-    part: int | None = None
-    shape: torch.Size | None = None
 
 
 class Bounds:
@@ -177,9 +151,6 @@ class Bounds:
     unrounded: bool
     run: Run | None
     changes: Changes | None
-    origin: Origin | None
-    """Which leaf they are, or how they follow from leaves; see :func:`replayed`."""
-
     truth: bool
     """Whether torch's values are True and False, as those of a comparison, whose sum is a logical
     or.
@@ -200,7 +171,6 @@ class Bounds:
         self.centre = centre
         self.run = run
         self.unrounded = run is not None and not run.rounded
-        self.origin: Origin | None = None
         self.truth = False
         self.changes = changes
         self.radius = radius.expand(centre.shape)
@@ -257,7 +227,7 @@ class Bounds:
         looks for cycles.
         """
         found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
-        found.origin, found.truth = self.origin, self.truth
+        found.truth = self.truth
         found.run = None
         return found
 
@@ -295,11 +265,9 @@ def bounds_of(func: Any, *args: Any, **kwargs: Any) -> Any:
             f"the operation {name} of a comparison: convert it first, as in (x >= 0).to(x.dtype)"
         )
     try:
-        found = rule(func, *args, **kwargs)
+        return rule(func, *args, **kwargs)
     except TypeError as error:  # a rule does not know an argument, or the call is wrong
         raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
-    _note(found, Call(rule, func, _origins(args), kwargs))
-    return found
 
 
 def is_truth(value: Any) -> bool:
@@ -307,25 +275,6 @@ def is_truth(value: Any) -> bool:
     if isinstance(value, Bounds):
         return value.truth
     return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-
-
-def _origins(value: Any) -> Any:
-    """Arguments with origins instead of bounds."""
-    if isinstance(value, Bounds):
-        return value.origin
-    if type(value) in (tuple, list):
-        return type(value)(map(_origins, value))
-    return value
-
-
-def _note(found: Any, call: Call) -> None:
-    """Say of new bounds which call they come from."""
-    if isinstance(found, Bounds):
-        found.origin = found.origin or Origin(call=call, shape=found.shape)
-    elif isinstance(found, tuple | list):
-        for part, one in enumerate(found):
-            if isinstance(one, Bounds):
-                one.origin = one.origin or Origin(call=call, part=part, shape=one.shape)
 
 
 def constant(value: Any, run: Run | None) -> Tensor:

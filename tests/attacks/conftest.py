@@ -19,10 +19,14 @@ from covering import each_in_turn
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.attacks import spike_search
+from sj_robust.attacks import autoattack, spike_search
 
-ON_MODELS = {name: row for name, row in SEARCHES.items() if not row.of_events}
-PAIRS = [*each_in_turn(ON_MODELS, MODELS), *each_in_turn(["sapgd"], MODELS)]
+ON_MODELS = {
+    name: row
+    for name, row in SEARCHES.items()
+    if not row.of_events and row.function is not autoattack
+}
+PAIRS = [*each_in_turn(ON_MODELS, MODELS), *each_in_turn(["sapgd"], MODELS), ("autoattack", "lif")]
 """Every attack on images on some model, and one of them on every one."""
 
 

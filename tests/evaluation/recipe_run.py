@@ -94,7 +94,7 @@ def working_folder(folder):
     """A working folder with a run of two small networks in it, and a module with networks of
     somebody's own.
     """
-    quick = split("--epochs 5 --batch-size 32 --test-limit 20 --channels 8 8 --T 3")
+    quick = split("--epochs 5 --batch-size 32 --test-limit 20 --channels 8 8 --T 3 --judged 0")
     plain = split("--mode none --neuron lif --no-reference --output runs/one")
     with undrawn():
         launch.in_process("adv_train", folder, *quick, *plain)

@@ -143,10 +143,9 @@ def test_another_network_than_the_reports_is_found(tmp_path):
 
 def test_a_network_at_another_number_of_time_steps_is_the_reports(saved):
     shipped = from_checkpoint(pretrained_file("digits/lif"), T=2)
-    images = load_images("digits", test_limit=50).test
-    threat = ThreatModel("Linf", 0.1)
-    asked = Request("fast", threat, "digits", 10, proofs=False, control=False, checks=False)
-    one = assess(shipped, image_loader(images, 50), asked)
+    images = load_images("digits", test_limit=4).test
+    asked = Request("fast", THREAT, "digits", 10, proofs=False, control=False, checks=False)
+    one = assess(shipped, image_loader(images, 4), asked)
     one = replace(one, configuration={"checkpoint": "digits/lif", "T": 2})
     checks = check_report(saved(one))
     assert marks(checks)["network"] is True, checklist(checks)
@@ -258,17 +257,16 @@ UNSAID = attacks(lambda row: replace(row, digests=""))
 ONE_SPOILT = attacks(
     lambda row: replace(row, digests="ffff" + row.digests[4:] if row.digests else "")
 )
+ANOTHER_RELEASE = together(renamed, fields(name="another", warnings=("free text",)))
+ROUNDED = together(wrong(1), ONE_SPOILT)
 ELSEWHERE = attacks(lambda row: replace(row, threat=ThreatModel("Linf", 1e-9)))
 BEYOND = attacks(lambda row: replace(row, largest=2 * row.largest))
 NEGATIVE = rows(lambda row: replace(row, seconds=-1))
 
 CHANGES = {
-    "nothing": (fields(), None),
-    "names of modules, as in another release": (renamed, None),
-    "the name": (fields(name="another", warnings=("free text",)), None),
-    "a digest, as where torch rounds in another way": (ONE_SPOILT, None),
+    "names of modules, its own name and free text": (ANOTHER_RELEASE, None),
+    "a digest and a clean prediction, as where torch rounds in another way": (ROUNDED, None),
     "all digests, as on a GPU": (SPOILT, None),
-    "one clean prediction": (wrong(1), None),
     "three clean predictions": (wrong(3), "clean predictions"),
     "three clean predictions and draws": (together(wrong(3), fields(draws=5)), "clean predictions"),
     "images": (fields(data="0" * 16), "images"),

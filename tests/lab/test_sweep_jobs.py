@@ -1,12 +1,9 @@
 """The processes of a sweep, with recipes that take no time."""
 
 import os
-import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +14,6 @@ import sweep
 import torch
 from fake_recipes import write_fakes
 from filelock import FileLock
-from lab import paths_for_children
 from lab.sweeping.perform import LOG_FILE, Attempt, executor_for, gpus_of, perform, perform_all
 from launch import fork, forked, wait_until
 
@@ -172,26 +168,15 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypa
         assert stages(run) == RESUMED
 
 
-SCRIPT = """
-import pickle
-from pathlib import Path
-from lab.sweeping.perform import executor_for, perform_all
-
-run = pickle.loads(Path("run.pkl").read_bytes())
-list(perform_all([run], executor_for(Path("sweep"))))
-"""
-
-
 @pytest.mark.slow
 def test_the_run_of_a_killed_sweep_ends_too(planned, tmp_path):
     (run,) = planned("wait")
-    (tmp_path / "run.pkl").write_bytes(pickle.dumps(run))
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | paths_for_children()) as process:
-        wait_until(lambda: waits(run), "the run's start")
-        assert not has_ended(run)
-        process.kill()
-        wait_until(lambda: has_ended(run), "the end of the run")  # which sleeps longer
+    sweep = fork(lambda: list(perform_all([run], executor_for(tmp_path))))
+    wait_until(lambda: waits(run), "the run's start")
+    assert not has_ended(run)
+    os.kill(sweep, signal.SIGKILL)
+    os.waitpid(sweep, 0)
+    wait_until(lambda: has_ended(run), "the end of the run")  # which sleeps longer
     assert stages(run) == ["train resume=False"]
     perform(run)
     assert stages(run) == RESUMED

@@ -56,7 +56,7 @@ def test_a_training_tells_its_tracker(tmp_path, monkeypatch):
         return Accelerator(cpu=True, log_with=[recorder])
 
     monkeypatch.setattr(adv_train, "make_accelerator", with_recorder)
-    few = "--epochs 1 --train-limit 64 --test-limit 8 --batch-size 32 --channels 4 4"
+    few = "--epochs 1 --train-limit 64 --test-limit 8 --batch-size 32 --channels 4 4 --judged 0"
     in_process("adv_train", tmp_path, *few.split())
     steps = [told for told in recorder.told if isinstance(told, tuple)]
     assert [step for step, _ in steps] == [1, 1]  # of both networks

@@ -252,11 +252,11 @@ ROWS = {
         save=lambda state: {"model": state, "epoch": 3},
         options={},
     ),
-    "WRN": Row(Wrn16, 16, found("wrn16_4", "dlif"), gains=True, options={}),
+    "WRN": Row(Wrn16, 8, found("wrn16_4", "dlif"), gains=True, options={}),
     "WRN of SNN-RAT": Row(
-        Wrn16, 16, found("wrn16_4", "if", tau=INF), 1.0, options={"T": 3, "tau": INF}
+        Wrn16, 8, found("wrn16_4", "if", tau=INF), 1.0, options={"T": 3, "tau": INF}
     ),
-    "WRN of StoG": Row(Wrn16, 16, found("wrn16_4", "stog", tau=INF), 1.0, gates=True),
+    "WRN of StoG": Row(Wrn16, 8, found("wrn16_4", "stog", tau=INF), 1.0, gates=True),
 }
 
 

@@ -21,7 +21,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.core.host import lif_multi_step
 from sj_robust.evaluation import evaluate
-from sj_robust.proofs import replay, verify
+from sj_robust.proofs import neurons, verify
 from sj_robust.proofs.bounds import BoundedRun, bounded_logits, bounded_neurons
 
 METHODS = ("ibp", "joint", "mip")
@@ -168,6 +168,7 @@ ROWS = {
     "a mask": (lambda: three(lambda net, x: logits(net, x) + MASK, T=3), X[:8], 0.01, SOME),
     "added in place": (lambda: three(added_in_place, T=3, node=fires(0.3)), FEW, 0.01, SOME),
     "the step before": (lambda: three(step_before, T=2), TWO, 0.001, SOME),
+    "no step before": (lambda: three(step_before), TWO, 0.001, SOME),
     "empty parts, T = 1": (lambda: three(empty_parts), TWO, 0.001, SOME),
     "empty parts, T = 2": (lambda: three(empty_parts, T=2), TWO, 0.001, SOME),
     "a large constant": (
@@ -198,7 +199,7 @@ ROWS = {
 }
 """By name a network, images, a radius and how many are proved."""
 WITHOUT_PROGRAM = {"the step before", "empty parts, T = 1", "empty parts, T = 2", "comparisons"}
-WITHOUT_PROGRAM |= {"one number of a sample", "softplus", "ReLU in place"}
+WITHOUT_PROGRAM |= {"one number of a sample", "softplus", "ReLU in place", "no step before"}
 CASES = [(name, method) for name in ROWS for method in METHODS[:2]]
 CASES += [(name, "mip") for name in ROWS if name not in WITHOUT_PROGRAM]
 
@@ -461,7 +462,6 @@ REFUSED = {
         lambda: three(mixing_beside_large_weights, T=2, node=fires(0.3)),
         "samples",
     ),
-    "no step before": (lambda: three(step_before), "empty part"),
     "a softplus that jumps down": (lambda: soft(10.0), "softplus"),
     "another precision": (
         lambda: RELU(lambda net, x: net.relu(x).softmax(-1, dtype=torch.bfloat16).float()),
@@ -630,7 +630,7 @@ def test_what_has_no_bounds_is_refused(name):
 
 @pytest.mark.skipif(not NEWEST, reason="this release of SpikingJelly has none of them")
 def test_every_reason_is_one_of_a_neuron_of_the_newest_release():
-    assert all(hasattr(neuron, name) for name in (*replay.NO_BOUNDS, *replay.OPEN))
+    assert all(hasattr(neuron, name) for name in (*neurons.NO_BOUNDS, *neurons.OPEN))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from proofs.formulas import on_bounds
-from proofs.functions import OPERATIONS, SAMPLES, SHAPE, Behind, box
+from proofs.functions import OPERATIONS, SAMPLES, SHAPE, Behind, box, folded
 from spikingjelly.activation_based import surrogate
 from torch import nn
 from torch.testing import assert_close
@@ -16,18 +16,25 @@ from torch.testing import assert_close
 from sj_robust import SpikingClassifier
 from sj_robust.proofs import UnsoundBoundsError, nonlinear, rules, verify
 from sj_robust.proofs.bounds import BoundedRun
+from sj_robust.proofs.program import Record
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
+from sj_robust.proofs.structure import Forms, Structure
 
 
 def bounds_of(function, low, high, *, differentiable=False):
     """Bounds of a function's results while its argument is in the box."""
     run = BoundedRun({}, SAMPLES, differentiable=differentiable)
     run.dtype = low.dtype
+    x = torch.rand(SHAPE).transpose(0, 1)
+    run.program = Record(x, {}).program(
+        lambda x: function(x.transpose(0, 1)).transpose(0, 1), nn.Identity()
+    )
+    run.structure = Structure.of(run.program, x, {}, SHAPE[0], forms=Forms())
     with torch.enable_grad():
-        leaf = run.leaf(Interval(low.double(), high.double()), 1)
-        found = on_bounds(function, leaf, torch.float32)
-    return found.lower, found.upper
+        box = Interval(low.double(), high.double()).each(lambda end: end.transpose(0, 1))
+        found = run.program.run(run.leaf(box, 0), run.apply)
+    return found.lower.transpose(0, 1), found.upper.transpose(0, 1)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -72,6 +79,7 @@ def test_gradients_of_bounds_are_their_slopes(name):
     assert_close((of_high * along).sum(), slope, rtol=1e-4, atol=1e-4)
 
 
+EYE = torch.eye(2)
 A, B = torch.tensor([[1.5, -0.5, 0.3, -2.0], [-0.7, 0.2, 3.0, 1.1]]).double()
 AFFINE = {
     "batch norm": lambda x: F.batch_norm(x, A, B.abs() + 0.1, 3 * B, A),
@@ -213,8 +221,14 @@ REFUSED = {
     "pad": (lambda x: F.pad(x, (1, 1), value=1.0), "another constant"),
     "quotient": (lambda x: x / x, "a divisor that depends"),
     "addmm": (
-        lambda x: torch.addmm(x[0, 0], x[0, 1], torch.ones(6, 6), alpha=2),
+        lambda x: torch.addmm(torch.ones(2, 1), torch.ones(2, 2), x.flatten(1), alpha=2).view(
+            x.shape
+        ),
         "alpha or beta",
+    ),
+    "baddbmm": (
+        folded(lambda x: torch.baddbmm(torch.zeros(4, 4), x, x.transpose(1, 2))),
+        "two values that depend on the input",
     ),
 }
 

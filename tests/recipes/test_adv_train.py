@@ -213,7 +213,7 @@ def test_a_run_goes_on_with_its_images_and_code_alone(tmp_path, capsys):
     build.write_text(OWN)
     options = split(
         "--dataset image_folder:pictures --model mynet.py:build --mode none --epochs 1 "
-        "--batch-size 8 --no-reference --output run"
+        "--batch-size 8 --no-reference --judged 0 --output run"
     )
     in_process(tmp_path, *options)
     report = Report.load(tmp_path / "run" / "report.json")

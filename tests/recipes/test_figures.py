@@ -8,12 +8,10 @@ from shlex import split
 import figures
 import numpy as np
 import pytest
-import sweep
 import torch
 from lab.command_line import read_options
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import load_figure
-from lab.sweeping.runs import RECORD_FILE, RunRecord
 from matplotlib.image import imread
 from oracle import dlif_forward
 from perturbation.by_hand import eps_by_hand
@@ -162,24 +160,6 @@ def test_history_of_a_run_without_report_is_that_of_its_checkpoints(tmp_path):
     expected = [asdict(record) for record in HISTORY]
     assert training_curves(tmp_path).networks == {"one": expected}
     assert training_curves(tmp_path / "one").networks == {"one": expected}
-
-
-def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
-    (tmp_path / "sweep.yaml").write_text("{base: digits, grid: {rho: [0, 1, 4]}, seeds: 2}")
-    for run in sweep.plan(sweep.parse(["--output", str(tmp_path)]), tmp_path).runs:
-        run.folder.mkdir(parents=True)
-        counts = {name: {"correct": 50, "total": 100} for name in ("clean", "pgd20")}
-        RunRecord(run.name, run.options, counts).save(run.folder / RECORD_FILE)
-    figures.main([str(tmp_path)])
-    found = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert found == {
-        "README.md",
-        "rho.pdf",
-        "rho.png",
-    }
-    assert "6 runs drawn as rho.png, rho.pdf" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no columns fit .*'apgd'.*; there are clean, pgd20"):
-        figures.main([str(tmp_path), "--columns", "apgd"])
 
 
 @pytest.mark.slow

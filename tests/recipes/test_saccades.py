@@ -14,8 +14,8 @@ from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import save_checkpoint
 
 QUICK = split(
-    "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 100 --test-limit 10 "
-    "--judged 2 --epochs 2 --optimizer adam --lr 0.01"
+    "--dataset saccade:digits --T 3 --channels 4 --flips 2 --train-limit 50 --test-limit 6 "
+    "--batch-size 24 --judged 2 --epochs 1 --optimizer adam --lr 0.01 --no-reference"
 )
 OPTIONS = ("--model-options", "{strides: [2], kernel_size: 4}")
 
@@ -36,7 +36,7 @@ def test_a_certified_run_and_its_evaluation(tmp_path):
     assert report.dataset == "saccade:digits"
     assert any("test images" in text and "verified at L0 2" in text for text in report.warnings)
     assert {row.member for row in report.attacks} == {"flips", "random"}
-    options = split(f"{run}/dlif_certified --test-limit 6 --no-control --output found")
+    options = split(f"{run}/dlif_certified --test-limit 3 --no-control --output found")
     recipe_run.in_process(tmp_path, *options)
     found = Report.load(tmp_path / "found" / "report.json")
     assert found.suite == "events"
@@ -49,14 +49,14 @@ def test_a_certified_run_and_its_evaluation(tmp_path):
 def test_a_run_certified_for_moves_of_counts_and_its_evaluation(tmp_path):
     run = tmp_path / "run"
     moves = split("--flips None --moves 2 --largest-shift 1 --counts")
-    options = split(f"--mode certified --output {run} --no-reference")
+    options = split(f"--mode certified --output {run}")
     train(tmp_path, *moves, *options)
     report = Report.load(run / "report.json")
     threat = ThreatModel("moves", 2, largest_shift=1, counts=True)
     assert report.threat == threat
     assert any("verified at moves 2 by 1 frames" in text for text in report.warnings)
     assert {row.member for row in report.attacks} == {"moves", "random"}
-    options = split(f"{run}/dlif_certified --test-limit 6 --no-control --output found")
+    options = split(f"{run}/dlif_certified --test-limit 3 --no-control --output found")
     recipe_run.in_process(tmp_path, *options)
     found = Report.load(tmp_path / "found" / "report.json")
     assert found.threat == threat  # of the training
@@ -65,11 +65,9 @@ def test_a_run_certified_for_moves_of_counts_and_its_evaluation(tmp_path):
 
 @pytest.mark.slow
 def test_another_mode_is_selected_by_changed_events(tmp_path):
-    mode = "at"
-    options = split(f"--mode {mode} --no-reference --output {tmp_path / 'run'}")
-    train(tmp_path, *options)
+    train(tmp_path, *split(f"--mode at --output {tmp_path / 'run'}"))
     report = Report.load(tmp_path / "run" / "report.json")
-    record = report.curves[f"dlif {mode}"][0]
+    record = report.curves["dlif at"][0]
     assert set(record["validation"]) == {"clean", "flips"}
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import each_in_turn
 from spikingjelly.activation_based import functional
 from torch import nn
 from torch.nn import functional as F
@@ -79,8 +80,9 @@ def twin_and_images(name):
     return twin.eval(), x
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize(
+    ("name", "per_channel"), [*each_in_turn(TWINS, [False, True]), ("small", True)]
+)
 def test_many_steps_give_the_logits_of_the_twin(name, per_channel):
     twin, x = twin_and_images(name)
     state = {key: value.clone() for key, value in twin.state_dict().items()}

@@ -277,19 +277,3 @@ GPU_BENCHMARKS: dict[str, Benchmark] = {
     "gpu_vgg11_bf16_channels_last": _gpu_network(", bf16, channels last"),
 }
 """What is measured on a GPU, in this order: a layer, a batch norm with a layer, a training step."""
-
-
-def check_instruction_set(name: str | None) -> None:
-    """Raise ValueError for an instruction set that this processor does not run; None is the best
-    one.
-    """
-    known = cpp.instruction_sets()
-    if name is not None and name not in known:
-        raise ValueError(
-            f"--instruction-set must be one of {', '.join(known)} on this processor, got {name}"
-        )
-
-
-def chosen_instruction_set(name: str) -> dict[str, str]:
-    """The environment variable with which the compiled kernel runs on this instruction set."""
-    return {cpp.INSTRUCTION_SET_VARIABLE: name}

@@ -75,14 +75,7 @@ class Race:
         """Methods that are not measured yet."""
         return [method for method in self.methods if not results.has(self.row(method))]
 
-    def run(
-        self,
-        methods: Sequence[str],
-        *,
-        rounds: int,
-        threads: int,
-        environ: Mapping[str, str],
-    ) -> list[Row]:
+    def run(self, methods: Sequence[str], *, rounds: int, threads: int) -> list[Row]:
         """Time these methods ``rounds`` times, of which a spread needs two, in a few turns.
 
         One that is missing, wrong, out of memory, dead or silent for too long is a row with the
@@ -95,7 +88,7 @@ class Race:
             passes = len(range(turn, rounds, TURNS))
             for method in names:
                 if not any("reason" in answer for answer in answers[method]):
-                    answers[method].append(self._answer(method, passes, threads, environ))
+                    answers[method].append(self._answer(method, passes, threads))
             names.reverse()  # another one begins the next turn
         found = {method: _figures(answers[method]) for method in answers}
         copy = found.pop(COPY, {}).get("best", math.nan)
@@ -105,14 +98,12 @@ class Race:
             figures["peak_mb"] = math.nan  # a heap that is kept hides its growth
         return [replace(self.row(method), **found[method] | figures) for method in methods]
 
-    def _answer(
-        self, method: str, passes: int, threads: int, environ: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _answer(self, method: str, passes: int, threads: int) -> dict[str, Any]:
         """What a process of its own says of a method."""
         device = "cuda" if self.allocator == "cuda" else "cpu"
         words = [self.subject, method, json.dumps(self.shape), str(threads), device, str(passes)]
         try:
-            done = _run([*WORKER, *words], self._variables(method, environ), LIMIT)
+            done = _run([*WORKER, *words], self._variables(method), LIMIT)
         except subprocess.TimeoutExpired:
             return {"reason": f"{TOO_LONG}{LIMIT:g} s"}
         if done.stdout:
@@ -120,11 +111,11 @@ class Race:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         return {"reason": f"the process ended with code {done.returncode}: {lines[-1][:300]}"}
 
-    def _variables(self, method: str, environ: Mapping[str, str]) -> dict[str, str]:
+    def _variables(self, method: str) -> dict[str, str]:
         """The environment of a method's process."""
         own = {name: os.environ[name] for name in os.environ if name not in ALLOCATORS["reuse"]}
         more = self.benchmark.variables.get(method, {})
-        return {**own, **paths_for_children(), **environ, **ALLOCATORS[self.allocator], **more}
+        return {**own, **paths_for_children(), **ALLOCATORS[self.allocator], **more}
 
 
 def _figures(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,14 +156,14 @@ missing.
 """
 
 
-def refuse_unless_tests_pass(tests: Path, what: str, environ: Mapping[str, str]) -> None:
-    """Run the tests of what is timed, with the instruction set that will be timed.
+def refuse_unless_tests_pass(tests: Path, what: str) -> None:
+    """Run the tests of what is timed.
 
     Raises:
         SystemExit: If one fails.
     """
     files = _OF.get(what, (*OPERATOR, *ONE_PASS))
-    result = _pytest([str(tests / name) for name in files], environ)
+    result = _pytest([str(tests / name) for name in files])
     if result.returncode != 0:
         tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"
         raise SystemExit(f"the tests of what is timed fail, so nothing is timed:\n{tail}")
@@ -191,7 +182,7 @@ def run_gpu_tests(
                 continue
             say(row.method)
             arguments = [str(path), "-k", kernel, *_SHORT]
-            result = _pytest(arguments, {}, limit)
+            result = _pytest(arguments, limit)
             *said, outcome = result.stdout.strip().splitlines() or ["it said nothing"]
             reason = ""
             if result.returncode not in (0, 5):  # 5: there are no such tests
@@ -200,13 +191,11 @@ def run_gpu_tests(
             say(f"{outcome} {reason}")
 
 
-def _pytest(
-    arguments: list[str], environ: Mapping[str, str], limit: float | None = None
-) -> "subprocess.CompletedProcess[str]":
+def _pytest(arguments: list[str], limit: float | None = None) -> "subprocess.CompletedProcess[str]":
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     try:
-        return _run(command, {**os.environ, **paths_for_children(), **environ}, limit)
+        return _run(command, {**os.environ, **paths_for_children()}, limit)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, -9, f"{TOO_LONG}{limit:g} s", "")
 

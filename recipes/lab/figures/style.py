@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sj_robust.core.shown import COLOURS, GREY, print_style
+from sj_robust.core.shown import COLOURS, GREY, print_style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +35,8 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 def save(figure: "Figure", folder: Path, name: str) -> tuple[Path, Path]:
     """Write a figure as PDF and as PNG, the same files for the same figure."""
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
-    with print_style():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # both files keep the places that were found just now
-        figure.savefig(pdf, metadata={"CreationDate": None})  # without a date
-        figure.savefig(png, dpi=300)
+    write_figure(figure, pdf)
+    write_figure(figure, png)
     return pdf, png
 
 
