@@ -42,7 +42,6 @@ SMALL = {
     },
     "networks": {"names": ("single steps, one layer",)},
     "pretrained": {"names": ("digits/lif",), "more": SHORT},
-    "proof_times": {"rounds": 1, "images": 3, "zoo": "small"},
     "proved": {"data": "digits", "images": 1},
     "proved_tables": {},
     "record": {},
@@ -136,8 +135,6 @@ def inputs(name, folder):
         given["folder"] = folder
     if name == "spikes_case":
         given["picture"] = folder / "picture.png"
-    if name == "proof_times":
-        del given["output"]
     return given
 
 
