@@ -5,18 +5,20 @@ import json
 import shutil
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import yaml
 from evaluation.reports import member, report
-from evaluation.short_suite import shortened
+from evaluation.short_suite import short_suite, shortened
 from lab.command_line import read_options
 from launch import ROOT
 from torchvision.transforms.functional import to_pil_image
 
 from sj_robust.core.environment import environment
+from sj_robust.evaluation import EstimatorSearch, make_suite, search_estimators
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
 
@@ -46,7 +48,7 @@ SMALL = {
     "proved_tables": {},
     "record": {},
     "rounds": {"networks": ("digits/lif",), "seeds": (0,), "rounds": (1,), "images": 2},
-    "spikes_case": {"attacks": ("PGD-20", "gradient"), "images": 2},
+    "spikes_case": {"attacks": ("PGD-20", "standard"), "images": 2},
     "sweeps": {"study": "mine"},
     "standard": {"names": ("digits/lif",), "suites": ("gradient",), "more": f"{SHORT} --no-proofs"},
 }
@@ -178,6 +180,10 @@ def test_every_study_is_run_small():
 def test_a_study_runs(study, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     name = study.__name__
+    if name in ("proved", "spikes_case"):
+        monkeypatch.setattr(study, "make_suite", lambda *a, **b: short_suite(make_suite(*a, **b)))
+        few = EstimatorSearch(candidates=("atan:2",), images=8, steps=5, count=2, final_steps=6)
+        monkeypatch.setattr(study, "search_estimators", partial(search_estimators, settings=few))
     if name in ("pretrained", "standard"):
         monkeypatch.setattr(study, "run_recipe", evaluated)
     with shortened():
