@@ -107,10 +107,10 @@ def main(arguments: list[str]) -> None:
     if not (options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
     makers: dict[str, Callable[[Options, Path], None]] = {
-        "neuron": neuron,
-        "gains": gains,
+        "gains": gains,  # the first, which needs a run
         "curves": curves,
         "intensity": intensity,
+        "neuron": neuron,
     }
     chosen = [name for name in makers if {name, "all"}.intersection(options.which)]
     if options.run is None and chosen != ["neuron"]:

@@ -493,7 +493,7 @@ def _flag(name: str) -> str:
     return f"--{name}".replace("_", "-")
 
 
-_TEMPLATES = Path(__file__).with_name("readmes")
+_READMES = Path(__file__).with_name("readmes.md")
 _BROKEN_PIPE = 141
 """Exit code: 128 plus the number of SIGPIPE, as other commands have it."""
 
@@ -570,7 +570,7 @@ def run_recipe(
 
 
 def describe_folder(folder: Path, recipe: str, arguments: Sequence[str]) -> None:
-    """Write the README of an output folder, from ``readmes``; commands that wrote into it before
+    """Write the README of an output folder, from ``readmes.md``; commands that wrote into it before
     stay in it.
     """
     from sj_robust.core.saved import write_whole  # imports torch
@@ -581,11 +581,9 @@ def describe_folder(folder: Path, recipe: str, arguments: Sequence[str]) -> None
     commands.append(
         " ".join(shlex.join(["python", f"recipes/{recipe}.py", *arguments]).splitlines())
     )
-    text = (
-        (_TEMPLATES / f"{recipe}.md")
-        .read_text(encoding="utf-8")
-        .replace("FOLDER", shlex.quote(str(folder)))
-    )
+    readmes = _READMES.read_text(encoding="utf-8")
+    text = readmes.partition(f"<!-- {recipe} -->\n")[2].partition("<!-- ")[0]
+    text = text.replace("FOLDER", shlex.quote(str(folder)))
     text = text.replace("COMMANDS", "\n".join(dict.fromkeys(commands)), 1)
     write_whole(path, as_called(text))
 

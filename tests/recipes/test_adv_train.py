@@ -13,6 +13,7 @@ import yaml
 from data.test_image_folder import picture
 from data.test_torchvision_sets import DEBIAN, write_mnist
 from evaluation.recipe_run import undrawn
+from evaluation.short_suite import shortened
 from filelock import FileLock
 from lab.command_line import idle
 from launch import ROOT, finish, start
@@ -248,9 +249,9 @@ def test_a_network_of_ones_own_without_the_neuron_asked_for_is_refused(tmp_path)
 
 
 def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
-    in_process(
-        tmp_path, *QUICK, *split("--mode twin_at --T 6 --levels 3 --no-reference --judged 6")
-    )
+    options = split("--mode twin_at --T 6 --levels 3 --no-reference --judged 6")
+    with shortened():
+        in_process(tmp_path, *QUICK, *options)
     folder = tmp_path / "runs" / "digits-dlif-twin_at-1"
     twin, spiking = (
         from_checkpoint(folder / name).model for name in ("clipped_relu_pgd_at", "dlif_twin_at")

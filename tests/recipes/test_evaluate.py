@@ -125,7 +125,7 @@ def test_killed_and_resumed(folder, tmp_path, whole):
 
 
 def test_two_processes(folder, tmp_path, capfd):
-    few = split("--suite paper --no-control --test-limit 2 --batch-size 1 --output")
+    few = split("--suite fast --no-proofs --no-control --test-limit 2 --batch-size 1 --output")
     work = partial(in_process, folder, "runs/one", *few, str(tmp_path / "two"))
     assert launch.two_processes(work) == [0, 0]  # that they find what one finds: test_loop
     assert capfd.readouterr().out.count("Robust accuracy is ") == 1

@@ -102,7 +102,7 @@ def test_success_is_0(ended, tmp_path):
 
 SLOW = {  # what would take hours, and what is shown when it has begun
     "adv_train": ("--epochs 9999", "epoch 1/9999"),
-    "evaluate": ("run/lif_none --suite standard", "suite standard: "),
+    "evaluate": ("run/lif_none --suite standard --test-limit 12", "suite standard: "),
     "sweep": ("--base digits --options '{epochs: 9999}' --grid '{rho: [0]}'", "1 runs in f"),
     "benchmark": ("--shapes [[4,8,32,8,8]] --rounds 99999 --no-check", "measuring neuron"),
 }

@@ -60,7 +60,7 @@ ROWS = [
     ("figures nowhere", 1, "nowhere"),
     ("figures --redraw nowhere", 1, "nowhere"),
     ("figures . --which gains", 1, "best.pt"),
-    ("figures .", 1, "sweep.yaml"),
+    ("figures .", 1, "best.pt"),
     ("figures --redraw .", 1, "numbers"),
     ("benchmark --methods Brian", 2, "Brian"),
     ("benchmark --shapes [[0,0,0]]", 2, "shape"),

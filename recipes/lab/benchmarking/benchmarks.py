@@ -217,33 +217,28 @@ _GPU_SHAPES = (
 _IN_TRITON = {"SJ_LIF_CUDA_IMPLEMENTATION": "triton"}  # which SpikingJelly 2.x reads
 
 
-def _gpu_layer(dtype: torch.dtype) -> Benchmark:
-    """A layer reads the currents and writes the spikes, and back it reads both and writes a
-    gradient: 5 passes.
-    """
+def _gpu_layers(
+    layers: Mapping[str, Layer], peer: str, passes: int, dtype: torch.dtype = torch.float32
+) -> Benchmark:
+    """Layers whose currents are stored in a dtype."""
     return Benchmark(
-        methods={name: _stored(layer, dtype) for name, layer in _GPU_LAYERS.items()},
-        peer=LIF_ON_GPU,
-        shapes=_GPU_SHAPES,
-        passes=5,
-        element_bytes=dtype.itemsize,
-        variables={LIF_ON_GPU: _IN_TRITON},
-    )
-
-
-def _gpu_batch_norm(dtype: torch.dtype) -> Benchmark:
-    """Batch norm reads its input once more for the statistics, and input and gradient once more on
-    the way back: 8 passes.
-    """
-    peer = f"batch norm, {LIF_ON_GPU}"
-    return Benchmark(
-        methods={name: _stored(layer, dtype) for name, layer in _GPU_BATCH_NORM.items()},
+        methods={name: _stored(layer, dtype) for name, layer in layers.items()},
         peer=peer,
         shapes=_GPU_SHAPES,
-        passes=8,
+        passes=passes,
         element_bytes=dtype.itemsize,
         variables={peer: _IN_TRITON},
     )
+
+
+_gpu_layer = partial(_gpu_layers, _GPU_LAYERS, LIF_ON_GPU, 5)
+"""A layer reads the currents and writes the spikes, and back it reads both and writes a gradient: 5
+passes.
+"""
+_gpu_batch_norm = partial(_gpu_layers, _GPU_BATCH_NORM, f"batch norm, {LIF_ON_GPU}", 8)
+"""Batch norm reads its input once more for the statistics, and input and gradient once more on the
+way back: 8 passes.
+"""
 
 
 def _stored(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -266,10 +261,10 @@ def _gpu_network(added: str) -> Benchmark:
 
 
 GPU_BENCHMARKS: dict[str, Benchmark] = {
-    "gpu_layer": _gpu_layer(torch.float32),
+    "gpu_layer": _gpu_layer(),
     "gpu_layer_fp16": _gpu_layer(torch.float16),
     "gpu_layer_bf16": _gpu_layer(torch.bfloat16),
-    "gpu_batch_norm": _gpu_batch_norm(torch.float32),
+    "gpu_batch_norm": _gpu_batch_norm(),
     "gpu_batch_norm_fp16": _gpu_batch_norm(torch.float16),
     "gpu_batch_norm_bf16": _gpu_batch_norm(torch.bfloat16),
     "gpu_vgg11": _gpu_network(""),
