@@ -17,6 +17,7 @@ from sj_robust.proofs.neurons import (
     counts,
     has_steps,
     no_bounds,
+    other_forwards,
     stepped,
 )
 from sj_robust.proofs.program import Operation, Program, captured, recorded
@@ -363,12 +364,6 @@ class BoundedRun:
             return RealSpiking(neuron, layer, self.surrogate_width)
         return Float32Spiking(neuron, layer)
 
-    def potential(self, name: str) -> Interval:
-        """Of a layer after its last step so far, [N, *]."""
-        last_step = self.layers[name].last_step
-        assert last_step is not None  # the layer has run
-        return self._spiking(self.neurons[name]).reset(*last_step)
-
     def _reached(self, call: LayerCall) -> None:
         """An affine map ends here, at a spiking layer or an argument of another function, from
         which the next leaf comes.
@@ -553,6 +548,9 @@ def _why_unbounded(n: Neuron) -> str | None:
     """Why a neuron has no bounds, to follow its name in a sentence; None if it has some."""
     if not (n.known or n.stated):
         return f", a {n.type_name}, which fires in its own way"
+    replaced = other_forwards(n.module)
+    if replaced:
+        return f", whose {replaced[0]} is not that of its class"
     if not n.spiking:
         return ", whose surrogate does not spike"
     if not n.charging().decay_value >= 0:

@@ -19,6 +19,7 @@ from sj_robust.core.preserved import other_forward, preserved, sums_of_products
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.ops.recurrence import charge, reset
 from sj_robust.proofs.bounds import BoundedRun, LayerCall, bounded_logits
+from sj_robust.proofs.neurons import other_forwards
 from sj_robust.proofs.rounding import (
     LEAST_SHARE,
     charge_rounding,
@@ -27,7 +28,7 @@ from sj_robust.proofs.rounding import (
     threshold_rounding,
 )
 from sj_robust.proofs.rules import Function
-from sj_robust.proofs.soundness import check_neurons
+from sj_robust.proofs.soundness import check_surrogates
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.structure import ReadCall
 
@@ -103,7 +104,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
             bounds, or changes them within a forward, the map to it is not affine, mixes frames of
             events or depends on spikes, the encoder is stochastic, or the input reaches the logits
             without passing a neuron.
-        UnsoundBoundsError: If such a neuron does not follow its charge equation.
+        UnsoundBoundsError: If a surrogate is no step.
 
     Source: derived here; it is the exact range of validity of the perturbation dynamics without
         flips of Ding et al. (ICML 2024).
@@ -132,7 +133,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         rows = _row_norms(exact, given[:1].double(), batch_size)
         neurons, _, _ = find_neurons(model.net)
         driven = {name: neurons[name] for name in rows}
-        check_neurons(driven, model.T, given)
+        check_surrogates(model.net, driven, given)
         parts = []
         for images in torch.split(given, batch_size):
             layers = _layers(exact, images.double(), rows)
@@ -246,6 +247,8 @@ def _check_followed(name: str, neurons: dict[str, Neuron], others: dict[str, str
     reason = others.get(name)
     if reason is None and not neurons[name].binary:
         reason = "its surrogate does not give spikes of 0 and 1 by the potential alone"
+    elif reason is None and other_forwards(neurons[name].module):
+        reason = "a forward of the neuron was replaced"
     if reason is not None:
         raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
 

@@ -273,7 +273,7 @@ def test_a_neuron_that_does_not_do_its_equation_is_refused():
     x = torch.rand(1, 2, 6, 6)
     for method, message in (
         ("neuronal_fire", "a neuronal_fire of its own"),
-        ("multi_step_forward", "the layer 3 .IFNode. does not spike"),
+        ("multi_step_forward", "a forward of the neuron was replaced"),
     ):
         model = network(neuron.IFNode())
         own = getattr(model.net[3], method, None)
