@@ -39,7 +39,7 @@ from sj_robust.proofs.structure import (
 )
 from sj_robust.proofs.values import (
     Bounds,
-    Function,
+    Pooling,
     bounds_of,
     reshaped,
 )
@@ -107,13 +107,15 @@ class LayerCall:
     ends here, and a leaf begins.
 
     Attributes:
-        by: The spiking layer, or the function.
+        by: The spiking layer; None for another function.
+        pooling: The function, if that is a max pooling.
         read: What the structure says of it.
         current: What reaches it, laid out with its samples in a dimension.
         batch_dim: Where the current has its samples, as a leaf.
     """
 
-    by: Neuron | Function
+    by: Neuron | None
+    pooling: Pooling | None
     read: ReadCall
     current: Bounds
     batch_dim: int
@@ -305,16 +307,18 @@ class BoundedRun:
     def _spikes_behind(self, neuron: Neuron, x: Bounds) -> Bounds:
         """What a neuron gives for a current."""
         batch_dim = 1 if neuron.module.step_mode == "m" else 0
-        read = self._call(neuron, x, batch_dim)
+        read = self._call(x, batch_dim, neuron)
         if self.changed is not None and x.changes is None and 0 in read.leaves:
             self.apart[neuron.name] = "its current is more than one convolution or linear map"
         return self._leaf_behind(neuron, x, batch_dim)
 
-    def _call(self, by: Neuron | Function, x: Bounds, batch_dim: int) -> ReadCall:
+    def _call(
+        self, x: Bounds, batch_dim: int, by: Neuron | None, pooling: Pooling | None = None
+    ) -> ReadCall:
         """The next call."""
         read = self.structure.calls[self._called]
         self._called += 1
-        self._reached(LayerCall(by, read, x, batch_dim))
+        self._reached(LayerCall(by, pooling, read, x, batch_dim))
         return read
 
     def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
@@ -328,12 +332,12 @@ class BoundedRun:
         self._passed(neuron.name, x, spikes)
         return self.leaf(spikes, batch_dim)
 
-    def begin(self, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
+    def begin(self, arguments: list[Bounds], values: Interval, pooling: Pooling | None) -> Bounds:
         """A leaf with these values, which an operation gives for arguments."""
         assert self.operation is not None  # which has the rule
         for x in arguments:
             batch_dim, shape = self._layout(x.shape)
-            read = self._call(by, reshaped(x, shape), batch_dim)
+            read = self._call(reshaped(x, shape), batch_dim, None, pooling)
             if self.changed is not None and 0 in read.leaves:
                 self.apart["a max pooling or ReLU"] = "after it, every value has its own budget"
         batch_dim, shape = self._layout(self.operation.shape)

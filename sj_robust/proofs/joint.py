@@ -29,7 +29,7 @@ from sj_robust.proofs.structure import (
     by_step,
     in_layout,
 )
-from sj_robust.proofs.values import Bounds, Function, bounds_of, reshaped
+from sj_robust.proofs.values import Bounds, bounds_of, reshaped
 from sj_robust.proofs.windows import (
     KEPT,
     ListedTrains,
@@ -178,15 +178,14 @@ class JointRun(BoundedRun):
         """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
-        self._by: Neuron | Function | None = None
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """See :class:`BoundedRun`."""
-        if self._by is None:
+        by = None if self.operation is None else self.operation.func
+        if self.operation is None:
             self.sources.append(None)
-        elif isinstance(self._by, Neuron) and counts(self._by) is None:
-            memory = self.memories[self._by.name]
-            self.sources.append(memory.trains)
+        elif isinstance(by, Neuron) and counts(by) is None:
+            self.sources.append(self.memories[by.name].trains)
         else:
             in_time = partial(by_step, samples=self.samples, batch_dim=batch_dim)
             self.sources.append(Steps(values.each(in_time)))
@@ -285,7 +284,6 @@ class JointRun(BoundedRun):
 
     def _reached(self, call: LayerCall) -> None:
         self.layer_calls.append(replace(call, current=call.current.same()))
-        self._by = call.by
 
     def _current(self, call: LayerCall) -> Interval:
         """Bounds of a current in exact arithmetic, [steps, N, *]."""

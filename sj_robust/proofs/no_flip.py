@@ -27,7 +27,6 @@ from sj_robust.proofs.rounding import (
     reset_rounding,
     threshold_rounding,
 )
-from sj_robust.proofs.rules import Function
 from sj_robust.proofs.soundness import check_surrogates
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.structure import ReadCall
@@ -498,7 +497,7 @@ class _CurrentsRun(BoundedRun):
 
     def _reached(self, call: LayerCall) -> None:
         x = call.current
-        if isinstance(call.by, Function):
+        if call.by is None:
             if call.read.leaves & self._of_input:
                 self._of_input.add(call.read.leaf)
             return

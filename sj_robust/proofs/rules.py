@@ -23,7 +23,6 @@ from sj_robust.proofs.values import (
     ON_TRUTH,
     RULES,
     Bounds,
-    Function,
     Pooling,
     Rule,
     Run,
@@ -45,7 +44,6 @@ __all__ = [
     "MAY_WRITE",
     "RULES",
     "Bounds",
-    "Function",
     "Pooling",
     "Run",
     "moved",
@@ -163,7 +161,7 @@ def _matmul(func: Any, a: Any, b: Any) -> Bounds:
         if a.ndim < 2 or b.ndim < 2:
             raise NoBoundsError("a product of vectors that depend on the input")
         values = nonlinear.matmul(interval(a), interval(b), rounded=is_rounded(run))
-        return new_leaf(run, Function("a matrix product"), [a, b], values)
+        return new_leaf(run, [a, b], values)
     if isinstance(a, Bounds):
         return _matmul_with(a, constant(b, run), from_left=False)
     return _matmul_with(b, constant(a, run), from_left=True)
@@ -342,7 +340,7 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     is_division = "div" in name
     if isinstance(a, Bounds) and isinstance(b, Bounds) and not is_division:
         values = nonlinear.product(interval(a), interval(b), rounded=is_rounded(a.run))
-        return new_leaf(a.run, Function("a product"), [a, b], values)
+        return new_leaf(a.run, [a, b], values)
     x = a
     other = b
     if not isinstance(a, Bounds):

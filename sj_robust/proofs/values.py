@@ -3,7 +3,6 @@ arguments of rules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,6 @@ __all__ = [
     "ON_TRUTH",
     "RULES",
     "Bounds",
-    "Function",
     "Pooling",
     "Rule",
     "Run",
@@ -39,19 +37,6 @@ __all__ = [
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling."""
-
-
-@dataclass(frozen=True)
-class Function:
-    """An operation that is not an affine map, so that its result is a leaf.
-
-    Attributes:
-        name: What a message calls it.
-        pooling: What it does, if that is a max pooling.
-    """
-
-    name: str
-    pooling: Pooling | None = None
 
 
 Rule = Callable[..., Any]
@@ -92,8 +77,12 @@ class Run(Protocol):
     dtype: torch.dtype
     """Of the network."""
 
-    def begin(self, by: Function, arguments: "list[Bounds]", values: Interval) -> "Bounds":
-        """A leaf with these values, which an operation gives for arguments."""
+    def begin(
+        self, arguments: "list[Bounds]", values: Interval, pooling: Pooling | None
+    ) -> "Bounds":
+        """A leaf with these values, which an operation that is no affine map gives for arguments;
+        a max pooling is told.
+        """
 
 
 class Bounds:
@@ -332,11 +321,12 @@ def is_rounded(run: Run | None) -> bool:
     return run is None or run.rounded
 
 
-def new_leaf(run: Run | None, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
-    """A leaf in the run of its arguments."""
-    if run is None:
-        raise NoBoundsError(f"{by.name} outside a run")
-    return run.begin(by, arguments, values)
+def new_leaf(
+    run: Run | None, arguments: list[Bounds], values: Interval, pooling: Pooling | None = None
+) -> Bounds:
+    """A leaf in the run of its arguments, see :meth:`Run.begin`."""
+    assert run is not None  # a function that begins leaves is called in a run
+    return run.begin(arguments, values, pooling)
 
 
 def reshaped(x: Bounds, shape: torch.Size) -> Bounds:
