@@ -387,8 +387,8 @@ class Programs:
 
     def __init__(self, model: SpikingClassifier, neurons: dict[str, Neuron]) -> None:
         """None is captured yet."""
+        self.neurons = neurons
         self._model = model
-        self._neurons = neurons
         self._forms = Forms()
         self._found: dict[int, Program] = {}
         self._of_several: Structure | None = None
@@ -424,7 +424,7 @@ class Programs:
 
     def _captured(self, images: Tensor) -> None:
         """Capture the program of so many images."""
-        program = captured(self._model, images, self._neurons)
+        program = captured(self._model, images, self.neurons)
         read = self._read(program, images)
         if self._of_several is None:
             self._of_several = read
@@ -439,7 +439,7 @@ class Programs:
         return Structure.of(
             program,
             images,
-            self._neurons,
+            self.neurons,
             self._model.T,
             forms=Forms() if framed else self._forms,
             told=None if framed else self._of_several,

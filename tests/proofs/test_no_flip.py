@@ -204,7 +204,7 @@ FORMULAS = {
     "a pattern, logits": (partial(gated, one_pattern, to_logits=True), "past all spiking layers"),
     "a gate": (partial(gated, spikes_of, to_logits=False), "last is not one affine map"),
     "a gate, logits": (partial(gated, spikes_of, to_logits=True), "past all spiking layers"),
-    "half a gate": (half_gate, "past all spiking layers"),
+    "half a gate": (half_gate, "no bounds are known for the operation"),
     "waiting": (waiting, "last is not one affine map"),
     "a kink": (kinked, "not one affine map"),
     "twice a frame less another": (
