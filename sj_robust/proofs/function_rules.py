@@ -16,7 +16,6 @@ from sj_robust.proofs.values import (
     bounds_of,
     centre_of_either,
     check_dtype,
-    check_numbers,
     constant,
     interval,
     is_rounded,
@@ -25,7 +24,7 @@ from sj_robust.proofs.values import (
     run_of,
 )
 
-__all__ = ["OPERATIONS", "chosen", "step"]
+__all__ = ["OPERATIONS", "compared", "step"]
 
 _SOFTPLUS_THRESHOLD = 15
 """From it on, the step from ``log(1 + exp(x))`` to x is far below what float32 rounds."""
@@ -132,7 +131,7 @@ class _Largest(NamedTuple):
     indices: Any
 
 
-def _compared(func: Any, a: Any, b: Any) -> Bounds:
+def compared(func: Any, a: Any, b: Any) -> Bounds:
     """Whether a value is at least, or above, another one: 1 or 0."""
     run = run_of((a, b))
     like = centre_of_either(a, b)
@@ -145,14 +144,11 @@ def _compared(func: Any, a: Any, b: Any) -> Bounds:
     surely = reached(larger.lower, smaller.upper).to(like.dtype)
     possibly = reached(larger.upper, smaller.lower).to(like.dtype)
     ends = Interval(surely, possibly)
-    found = new_leaf(run, _bounds_among(a, b), ends)
-    found.truth = True
-    return found
+    return new_leaf(run, _bounds_among(a, b), ends)
 
 
-def chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
+def _chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
     """One of two values, as a third one says."""
-    check_numbers(func, a, b)
     run = run_of((where, a, b))
     bounded = _bounds_among(where, a, b)
     like = bounded[0].centre
@@ -252,8 +248,8 @@ OPERATIONS: list[tuple[Rule, str]] = [
     (_rectified, "relu"),
     (_function, " ".join((*nonlinear.MONOTONE[1:], *nonlinear.VALLEYS))),
     (_extremum, "max min amax amin maximum minimum"),
-    (_compared, "ge gt le lt"),
-    (chosen, "where"),
+    (compared, "ge gt le lt"),
+    (_chosen, "where"),
     (_softmax, "softmax"),
     (_layer_norm, "layer_norm"),
     (_group_norm, "group_norm"),

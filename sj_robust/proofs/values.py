@@ -14,7 +14,7 @@ from sj_robust.proofs.spiking import Interval
 
 __all__ = [
     "MAY_WRITE",
-    "ON_TRUTH",
+    "OF_TRUTH",
     "RULES",
     "Bounds",
     "Pooling",
@@ -24,11 +24,9 @@ __all__ = [
     "bounds_of",
     "centre_of_either",
     "check_dtype",
-    "check_numbers",
     "constant",
     "interval",
     "is_rounded",
-    "is_truth",
     "new_leaf",
     "reshaped",
     "rule_of",
@@ -51,8 +49,8 @@ RULES: dict[str, Rule] = {}
 :mod:`sj_robust.proofs.rules` fills it: a rule makes bounds, so it stands above them.
 """
 
-ON_TRUTH: set[Rule] = set()
-"""Rules that know what they make of True and False; filled likewise."""
+OF_TRUTH: set[Rule] = set()
+"""Rules of operations whose results may be True and False, which are 1 and 0; filled likewise."""
 
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
 MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", "relu", *_OPERATORS_IN_PLACE]
@@ -140,10 +138,6 @@ class Bounds:
     unrounded: bool
     run: Run | None
     changes: Changes | None
-    truth: bool
-    """Whether torch's values are True and False, as those of a comparison, whose sum is a logical
-    or.
-    """
 
     def __init__(
         self,
@@ -160,7 +154,6 @@ class Bounds:
         self.centre = centre
         self.run = run
         self.unrounded = run is not None and not run.rounded
-        self.truth = False
         self.changes = changes
         self.radius = radius.expand(centre.shape)
         if self.unrounded:
@@ -216,7 +209,6 @@ class Bounds:
         looks for cycles.
         """
         found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
-        found.truth = self.truth
         found.run = None
         return found
 
@@ -249,21 +241,10 @@ def bounds_of(func: Any, *args: Any, **kwargs: Any) -> Any:
     rule = rule_of(func)
     if any(isinstance(value, Bounds) for value in kwargs.values()):
         raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
-    if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
-        raise NoBoundsError(
-            f"the operation {name} of a comparison: convert it first, as in (x >= 0).to(x.dtype)"
-        )
     try:
         return rule(func, *args, **kwargs)
     except TypeError as error:  # a rule does not know an argument, or the call is wrong
         raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
-
-
-def is_truth(value: Any) -> bool:
-    """Whether a value is True or False, or a tensor of them."""
-    if isinstance(value, Bounds):
-        return value.truth
-    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def constant(value: Any, run: Run | None) -> Tensor:
@@ -298,17 +279,6 @@ def check_dtype(x: Bounds, *given: Any) -> None:
     for dtype in given:
         if isinstance(dtype, torch.dtype) and dtype != x.dtype:
             raise NoBoundsError(f"a conversion to {dtype}: bounds are those of {x.dtype}")
-
-
-def check_numbers(func: Any, *values: Any) -> None:
-    """Raise NoBoundsError if all of these are True and False, which torch does not take for 1 and
-    0.
-    """
-    if all(map(is_truth, values)):
-        raise NoBoundsError(
-            f"the operation {func.__name__} of comparisons alone: convert one first, as in (x >= "
-            "0).to(x.dtype)"
-        )
 
 
 def interval(x: Bounds) -> Interval:

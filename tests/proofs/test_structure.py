@@ -43,6 +43,9 @@ ATTACKS = {
     "the image": lambda net, s, x: s + STEPS * net.fc(x),
     "a sum without a step": lambda net, s, x: (s[0] + s[1]).expand(s.shape),
     "a sum with a step twice": lambda net, s, x: (s[0] + s[1] + s[1]).expand(s.shape),
+    "a sum of other steps in a part": lambda net, s, x: (
+        s[0] + torch.cat([s[1, :, :2], s[2, :, 2:]], -1) + s[2]
+    ).expand(s.shape),
     "a difference of steps": lambda net, s, x: (s[0] - s[1] + s[2]).expand(s.shape),
     "a mean and a step": lambda net, s, x: s.mean(0, keepdim=True) * STEPS - s,
     "a product of steps": lambda net, s, x: s * s.flip(0),
