@@ -232,14 +232,12 @@ class _Step:
         gain: Gain of the current.
         before: Potential before the charge.
         h: Potential before firing.
-        after: Potential after the reset.
         slope: By how much an image of distance 1 moves h at most.
     """
 
     gain: float
     before: Tensor
     h: Tensor
-    after: Tensor
     slope: Tensor
 
 
@@ -293,74 +291,29 @@ def _least(ratios: list[Tensor]) -> Tensor:
     return torch.stack(ratios, 1).flatten(1).amin(1)
 
 
-class _Calls:
-    """What went into a layer and came out, call by call, and what it held before and after."""
-
-    def __init__(self, neuron: Neuron) -> None:
-        self.neuron = neuron
-        self.currents: list[Tensor] = []
-        self.spikes: list[Tensor] = []
-        self.numbers: list[Any] = []
-        self.before: list[Any] = []
-        self.after: list[Tensor] = []
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Context in which they are noted."""
-        module = self.neuron.module
-        enters = module.register_forward_pre_hook(self._enter, with_kwargs=True)
-        leaves = module.register_forward_hook(self._leave)
-        try:
-            yield
-        finally:
-            enters.remove()
-            leaves.remove()
-
-    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.currents.append(first_argument(args, kwargs).clone())
-        self.before.append(module.v)
-
-    def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        self.spikes.append(output.clone())  # the network may add to them in place
-        self.numbers.append(self.neuron.numbers())
-        self.after.append(module.v)
-
-    def check(self, steps: list[_Step]) -> None:
-        """Raise NotImplementedError unless the layer did its equation, with the numbers that it has
-        now, from call to call.
-        """
-        module = self.neuron.module
-        done = 0
-        noted = zip(self.currents, self.numbers, self.before, self.after, strict=True)
-        for current, numbers, before, after in noted:
-            first = steps[done]
-            done += len(current) if module.step_mode == "m" else 1
-            last = steps[done - 1]
-            gaps = torch.stack([before - first.before, after - last.after])
-            size = last.h.abs() + last.before.abs() + abs(float(module.v_threshold))
-            if numbers != self.neuron.numbers() or not is_rounding(gaps, size.expand_as(gaps)):
-                raise NotImplementedError(
-                    f"{self.neuron.name} is reset, or its state, threshold, reset, decay or gain "
-                    "changes, within one forward: use a neuron of its own for each"
-                )
-
-
 def _layers(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) -> dict[str, _Layer]:
     """The layers that the input drives, in a run of the exact network."""
     neurons, _, _ = find_neurons(model.net)
-    calls = {name: _Calls(neurons[name]) for name in rows}
+    currents: dict[str, list[Tensor]] = {name: [] for name in rows}
+    spikes: dict[str, list[Tensor]] = {name: [] for name in rows}
+
+    def note(name: str, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        currents[name].append(first_argument(args, kwargs).clone())
+        spikes[name].append(output.clone())  # the network may add to them in place
+
     with ExitStack() as stack:
-        for seen in calls.values():
-            stack.enter_context(seen.noted())
+        for name in rows:
+            module: Any = neurons[name].module
+            hook = module.register_forward_hook(partial(note, name), with_kwargs=True)
+            stack.callback(hook.remove)
         model(images)
     apart = isinstance(model, SpikingEventClassifier)
     found = {}
     for name, norms in rows.items():
         joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
-        x_seq = joined(calls[name].currents)
-        spike_seq = joined(calls[name].spikes)
+        x_seq = joined(currents[name])
+        spike_seq = joined(spikes[name])
         steps = list(_steps(neurons[name], x_seq, spike_seq, norms, apart=apart))
-        calls[name].check(steps)
         found[name] = _Layer(neurons[name], steps)
     return found
 
@@ -386,9 +339,8 @@ def _steps(
         else:
             reach = decay * reach + gain
             slope = reach.abs() * norms
-        after = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
-        yield _Step(gain=gain, before=v, h=h, after=after, slope=slope)
-        v = after
+        yield _Step(gain=gain, before=v, h=h, slope=slope)
+        v = reset(h, spike, v_threshold=module.v_threshold, v_reset=module.v_reset)
         if module.v_reset is not None:
             reach = (1.0 - spike) * reach
 
