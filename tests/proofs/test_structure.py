@@ -113,6 +113,15 @@ def test_no_large_weight_hides_what_depends_on_steps_or_samples(name, behind):
     assert not refused or "sample" in name or "no program" in refused
 
 
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name.startswith("a sum")])
+def test_a_sum_that_is_not_of_all_steps_is_no_count(name):
+    torch.manual_seed(0)
+    model = beside_a_weight(ATTACKS[name], 1.0, behind=False)
+    x = torch.rand(3, 2)
+    told = verify(model, x, torch.zeros(3, dtype=torch.int64), 0.1).stepwise
+    assert any("no map of counts" in one for one in told)
+
+
 def steps_of(net, x):
     """The same as for a sequence, step by step."""
     return [net.last(net.second(net.node(net.first(step)))) for step in x]
