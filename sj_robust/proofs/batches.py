@@ -1,7 +1,6 @@
 """Proofs batch by batch, each checked against the network itself."""
 
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Literal, get_args
 
 import torch
@@ -21,11 +20,9 @@ from sj_robust.proofs.points import Points
 from sj_robust.proofs.soundness import (
     UnprovableError,
     UnsoundBoundsError,
-    WatchedJointRun,
-    WatchedRun,
     check_kept,
-    check_neurons,
-    check_point,
+    check_run,
+    check_stated,
     check_surrogates,
     check_unchanged,
 )
@@ -104,8 +101,8 @@ class BatchProofs:
         self.size = len(x)
         with sums_of_products(self._device), preserved(model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
-            self.classes = _logits(model, images, labels, runs=2).shape[1]
-            check_neurons(neurons, model.T, images)  # runs neurons that a forward leaves out, too
+            self.classes = _classes(model, images, labels)
+            check_stated(neurons, model.T, images)
             self._kept = check_kept(model, images)
             maps.structure()
             check_surrogates(model.net, neurons, images)
@@ -133,10 +130,10 @@ class BatchProofs:
         done = len(self.correct)
         with sums_of_products(self._device), preserved(self._model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
-            logits = _logits(self._model, images, labels, runs=1)
-            wrong = logits.argmax(1) != labels
-            run = self._run(len(images), watched=not done)
+            run = self._run(len(images))
             bounds = self._bounded(run, images, self._ball)
+            logits = check_run(self._model, run, bounds, images)
+            wrong = logits.argmax(1) != labels
             self._apart = run.apart
             lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
@@ -152,11 +149,6 @@ class BatchProofs:
                     if point is not None:
                         broken[n] = True
                         x_adv[part] = point
-            # layers are looked at in the first batch
-            points = islice(self._points.drawn(images), 1 if done else None)
-            for point in chain(points, self._points.against_lead(images)):
-                found = check_point(self._model, run, bounds, point)
-                _check_margins(found, labels, margin, first=done)
             _check_margins(logits, labels, margin, first=done)
             check_unchanged(self._model, self._kept)  # what all forwards of the proofs left
         self.correct += (~wrong).tolist()
@@ -187,30 +179,26 @@ class BatchProofs:
         """Layers that bound changed events as if some had budgets of their own, with the reason."""
         return tuple(f"{name}: {reason}" for name, reason in self._apart.items())
 
-    def _run(self, samples: int, *, watched: bool) -> BoundedRun:
+    def _run(self, samples: int) -> BoundedRun:
         """A run of intervals, or of joint bounds if it is known how the network treats time."""
-        over_time = self._over_time
-        if over_time is None:
-            return (WatchedRun if watched else BoundedRun)(self._spiking, samples)
-        return (WatchedJointRun if watched else JointRun)(
-            self._spiking, samples, over_time=over_time
-        )
+        if self._over_time is None:
+            return BoundedRun(self._spiking, samples)
+        return JointRun(self._spiking, samples, over_time=self._over_time)
 
 
-def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
-    """Logits of the network, if they are the same in so many runs and nothing is drawn."""
+def _classes(model: SpikingClassifier, images: Tensor, labels: Tensor) -> int:
+    """Number of the network's logits, if it draws no random numbers."""
     numbers = RandomNumbers(model, images.device)
     with torch.no_grad():
-        logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
-    drawn = numbers.drawn()
-    if drawn or any(not torch.equal(logits, other) for other in again):
+        logits = check_logits(model(images.clone()), labels)
+    if numbers.drawn():
         raise UnprovableError(
             "model must give the same logits in every forward, got one that draws random numbers "
             "inside"
         )
     if logits.shape[1] < 2:
         raise UnprovableError("model must distinguish at least 2 classes, got 1 logit")
-    return logits
+    return logits.shape[1]
 
 
 def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
@@ -224,7 +212,7 @@ def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int
         number = int(below.nonzero()[0])
         raise UnsoundBoundsError(
             f"image {first + number} is proved to keep its class by {float(margin[number]):.3g}, "
-            f"and yet the network's lead at a point of its ball is {float(lead[number]):.3g}: the "
+            f"and yet the network's lead at the image itself is {float(lead[number]):.3g}: the "
             "bounds have a bug, or the network has a state that its reset leaves; please report "
             "it with the network"
         )

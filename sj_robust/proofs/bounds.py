@@ -17,6 +17,7 @@ from sj_robust.proofs.neurons import (
     counts,
     has_steps,
     no_bounds,
+    other_forwards,
     stepped,
 )
 from sj_robust.proofs.program import Operation, Program, captured, recorded
@@ -38,7 +39,7 @@ from sj_robust.proofs.structure import (
 )
 from sj_robust.proofs.values import (
     Bounds,
-    Function,
+    Pooling,
     bounds_of,
     reshaped,
 )
@@ -106,13 +107,15 @@ class LayerCall:
     ends here, and a leaf begins.
 
     Attributes:
-        by: The spiking layer, or the function.
+        by: The spiking layer; None for another function.
+        pooling: The function, if that is a max pooling.
         read: What the structure says of it.
         current: What reaches it, laid out with its samples in a dimension.
         batch_dim: Where the current has its samples, as a leaf.
     """
 
-    by: Neuron | Function
+    by: Neuron | None
+    pooling: Pooling | None
     read: ReadCall
     current: Bounds
     batch_dim: int
@@ -304,16 +307,18 @@ class BoundedRun:
     def _spikes_behind(self, neuron: Neuron, x: Bounds) -> Bounds:
         """What a neuron gives for a current."""
         batch_dim = 1 if neuron.module.step_mode == "m" else 0
-        read = self._call(neuron, x, batch_dim)
+        read = self._call(x, batch_dim, neuron)
         if self.changed is not None and x.changes is None and 0 in read.leaves:
             self.apart[neuron.name] = "its current is more than one convolution or linear map"
         return self._leaf_behind(neuron, x, batch_dim)
 
-    def _call(self, by: Neuron | Function, x: Bounds, batch_dim: int) -> ReadCall:
+    def _call(
+        self, x: Bounds, batch_dim: int, by: Neuron | None, pooling: Pooling | None = None
+    ) -> ReadCall:
         """The next call."""
         read = self.structure.calls[self._called]
         self._called += 1
-        self._reached(LayerCall(by, read, x, batch_dim))
+        self._reached(LayerCall(by, pooling, read, x, batch_dim))
         return read
 
     def _leaf_behind(self, neuron: Neuron, x: Bounds, batch_dim: int) -> Bounds:
@@ -327,12 +332,12 @@ class BoundedRun:
         self._passed(neuron.name, x, spikes)
         return self.leaf(spikes, batch_dim)
 
-    def begin(self, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
+    def begin(self, arguments: list[Bounds], values: Interval, pooling: Pooling | None) -> Bounds:
         """A leaf with these values, which an operation gives for arguments."""
         assert self.operation is not None  # which has the rule
         for x in arguments:
             batch_dim, shape = self._layout(x.shape)
-            read = self._call(by, reshaped(x, shape), batch_dim)
+            read = self._call(reshaped(x, shape), batch_dim, None, pooling)
             if self.changed is not None and 0 in read.leaves:
                 self.apart["a max pooling or ReLU"] = "after it, every value has its own budget"
         batch_dim, shape = self._layout(self.operation.shape)
@@ -363,12 +368,6 @@ class BoundedRun:
             return RealSpiking(neuron, layer, self.surrogate_width)
         return Float32Spiking(neuron, layer)
 
-    def potential(self, name: str) -> Interval:
-        """Of a layer after its last step so far, [N, *]."""
-        last_step = self.layers[name].last_step
-        assert last_step is not None  # the layer has run
-        return self._spiking(self.neurons[name]).reset(*last_step)
-
     def _reached(self, call: LayerCall) -> None:
         """An affine map ends here, at a spiking layer or an argument of another function, from
         which the next leaf comes.
@@ -388,8 +387,8 @@ class Programs:
 
     def __init__(self, model: SpikingClassifier, neurons: dict[str, Neuron]) -> None:
         """None is captured yet."""
+        self.neurons = neurons
         self._model = model
-        self._neurons = neurons
         self._forms = Forms()
         self._found: dict[int, Program] = {}
         self._of_several: Structure | None = None
@@ -425,7 +424,7 @@ class Programs:
 
     def _captured(self, images: Tensor) -> None:
         """Capture the program of so many images."""
-        program = captured(self._model, images, self._neurons)
+        program = captured(self._model, images, self.neurons)
         read = self._read(program, images)
         if self._of_several is None:
             self._of_several = read
@@ -440,7 +439,7 @@ class Programs:
         return Structure.of(
             program,
             images,
-            self._neurons,
+            self.neurons,
             self._model.T,
             forms=Forms() if framed else self._forms,
             told=None if framed else self._of_several,
@@ -553,6 +552,9 @@ def _why_unbounded(n: Neuron) -> str | None:
     """Why a neuron has no bounds, to follow its name in a sentence; None if it has some."""
     if not (n.known or n.stated):
         return f", a {n.type_name}, which fires in its own way"
+    replaced = other_forwards(n.module)
+    if replaced:
+        return f", whose {replaced[0]} is not that of its class"
     if not n.spiking:
         return ", whose surrogate does not spike"
     if not n.charging().decay_value >= 0:

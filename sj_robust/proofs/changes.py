@@ -334,31 +334,6 @@ class Flips:
         direction = torch.where(weights < 0, 1.0, -1.0).to(frames.dtype)
         return frames + direction * spent.view_as(weights).to(frames.dtype)
 
-    def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """Frames with changes at random places, as many as the budget allows; of numbers of events
-        fewer where a value has not enough to lose.
-        """
-        if self.counts:
-            return self._drawn_counts(frames, generator)
-        drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
-        weights = drawn.to(frames.device) * (2 * frames - 1)
-        return self.lowest(frames, weights).to(frames.dtype)
-
-    def _drawn_counts(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """The same for numbers of events: a value whose place is drawn twice changes twice."""
-        x = frames.flatten(1)
-        draws = (len(x), int(self.budget))
-        drawn = torch.randint(x.shape[1], draws, generator=generator)
-        places = drawn.to(x.device)
-        drawn_again = torch.rand(x.shape, generator=generator)
-        loses = drawn_again.to(x.device) < 0.5
-        once = torch.ones_like(places, dtype=x.dtype)
-        times = torch.zeros_like(x).scatter_add(1, places, once)
-        fewer = (x - times).clamp(min=0)
-        more = x + times
-        changed = torch.where(loses & (x > 0), fewer, more)
-        return changed.view_as(frames)
-
 
 def changed_sums(weights: Tensor, steps: Sequence[Changes]) -> tuple[Tensor, Tensor]:
     """How far sums over time ``sum_t weights[f, t] x[t]`` can rise and fall, [F, *] each.

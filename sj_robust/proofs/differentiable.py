@@ -17,7 +17,7 @@ from sj_robust.proofs.differentiable_joint import DifferentiableJointRun
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import EVENTS, Events
-from sj_robust.proofs.soundness import check_kept, check_neurons, check_surrogates
+from sj_robust.proofs.soundness import check_kept, check_stated, check_surrogates
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "TrainedMethod", "batch_statistics"]
 
@@ -64,7 +64,7 @@ class DifferentiableBounds:
         NotImplementedError: If something in the network has no bounds, or, at the first images, if
             it mixes those of a batch; it is named.
         ValueError: At the first images, if a forward changes a value that the network holds.
-        UnsoundBoundsError: At the first images, if a neuron does not follow its charge equation.
+        UnsoundBoundsError: At the first images, if a surrogate is no step.
 
     Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
 
@@ -144,7 +144,7 @@ class DifferentiableBounds:
                 check_kept(self.classifier, x)
             self._maps = Maps(self.classifier, self._neurons, x[0])
             self._maps.structure()
-            check_neurons(self._neurons, self.classifier.T, x)
+            check_stated(self._neurons, self.classifier.T, x)
             check_surrogates(self.classifier.net, self._neurons, x)
             if self._method == "joint":
                 self._over_time = OverTime(self._maps, self.classifier.T)

@@ -11,13 +11,11 @@ from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.spiking import Interval
 from sj_robust.proofs.values import (
     Bounds,
-    Function,
     Rule,
     as_bounds,
     bounds_of,
     centre_of_either,
     check_dtype,
-    check_numbers,
     constant,
     interval,
     is_rounded,
@@ -26,7 +24,7 @@ from sj_robust.proofs.values import (
     run_of,
 )
 
-__all__ = ["OPERATIONS", "chosen", "step"]
+__all__ = ["OPERATIONS", "compared", "step"]
 
 _SOFTPLUS_THRESHOLD = 15
 """From it on, the step from ``log(1 + exp(x))`` to x is far below what float32 rounds."""
@@ -41,15 +39,14 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
         found: Tensor = func(z, *args, **kwargs)
         return found
 
-    by = Function("a max pooling", pooling)
     values = interval(x).each(pooling)
-    return new_leaf(x.run, by, [x], values)
+    return new_leaf(x.run, [x], values, pooling)
 
 
 def _rectified(func: Any, x: Any, inplace: bool = False) -> Bounds:
     """ReLU, also if torch writes it into its input."""
     values = interval(x).each(torch.relu)
-    return new_leaf(x.run, Function("a ReLU"), [x], values)
+    return new_leaf(x.run, [x], values)
 
 
 def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -68,7 +65,7 @@ def _function(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
 
     of_one = nonlinear.valley if name in nonlinear.VALLEYS else nonlinear.monotone
     values = of_one(interval(x), function, name, rounded=is_rounded(x.run))
-    return new_leaf(x.run, Function(name), [x], values)
+    return new_leaf(x.run, [x], values)
 
 
 def _check_function(name: str, x: Bounds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,7 +106,7 @@ def _extremum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
     along_dim = torch.amax if is_max else torch.amin
     values = interval(x).each(lambda end: along_dim(end, dim, keepdim=True))
-    found = new_leaf(x.run, Function(f"a {name}"), [x], values)
+    found = new_leaf(x.run, [x], values)
     if not keepdim:
         found = bounds_of(torch.Tensor.squeeze, found, dim)
     without_places = name in ("amax", "amin")
@@ -124,8 +121,7 @@ def _extremum_of_two(func: Any, a: Any, b: Any) -> Bounds:
     second = as_bounds(b, run, like)
     low = func(first.lower, second.lower)
     high = func(first.upper, second.upper)
-    name = func.__name__.strip("_")
-    return new_leaf(run, Function(f"a {name}"), _bounds_among(a, b), Interval(low, high))
+    return new_leaf(run, _bounds_among(a, b), Interval(low, high))
 
 
 class _Largest(NamedTuple):
@@ -135,7 +131,7 @@ class _Largest(NamedTuple):
     indices: Any
 
 
-def _compared(func: Any, a: Any, b: Any) -> Bounds:
+def compared(func: Any, a: Any, b: Any) -> Bounds:
     """Whether a value is at least, or above, another one: 1 or 0."""
     run = run_of((a, b))
     like = centre_of_either(a, b)
@@ -148,14 +144,11 @@ def _compared(func: Any, a: Any, b: Any) -> Bounds:
     surely = reached(larger.lower, smaller.upper).to(like.dtype)
     possibly = reached(larger.upper, smaller.lower).to(like.dtype)
     ends = Interval(surely, possibly)
-    found = new_leaf(run, Function("a comparison"), _bounds_among(a, b), ends)
-    found.truth = True
-    return found
+    return new_leaf(run, _bounds_among(a, b), ends)
 
 
-def chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
+def _chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
     """One of two values, as a third one says."""
-    check_numbers(func, a, b)
     run = run_of((where, a, b))
     bounded = _bounds_among(where, a, b)
     like = bounded[0].centre
@@ -167,7 +160,7 @@ def chosen(func: Any, where: Any, a: Any, b: Any) -> Bounds:
     if_true = interval(as_bounds(a, run, like))
     if_false = interval(as_bounds(b, run, like))
     values = nonlinear.chosen(decided, if_true, if_false)
-    return new_leaf(run, Function("a choice"), bounded, values)
+    return new_leaf(run, bounded, values)
 
 
 def _bounds_among(*values: Any) -> list[Bounds]:
@@ -179,7 +172,7 @@ def _softmax(func: Any, x: Any, dim: int, *args: Any, **kwargs: Any) -> Bounds:
     """Softmax along a dimension."""
     check_dtype(x, *args, *kwargs.values())
     values = nonlinear.softmax(interval(x), dim, rounded=is_rounded(x.run))
-    return new_leaf(x.run, Function("a softmax"), [x], values)
+    return new_leaf(x.run, [x], values)
 
 
 def _layer_norm(
@@ -187,7 +180,7 @@ def _layer_norm(
 ) -> Bounds:
     """Layer norm: the values of the last dimensions are a group."""
     group = bounds_of(torch.Tensor.flatten, x, -len(shape))
-    found = _normalised(group, "a layer norm", eps, _flat(weight, x), _flat(bias, x))
+    found = _normalised(group, eps, _flat(weight, x), _flat(bias, x))
     return reshaped(found, x.shape)
 
 
@@ -205,7 +198,7 @@ def _group_norm(
         of_values = constant(of_channels, x.run).repeat_interleave(values_of_a_channel)
         return of_values.view(groups, -1)
 
-    found = _normalised(group, "a group norm", eps, by_group(weight), by_group(bias))
+    found = _normalised(group, eps, by_group(weight), by_group(bias))
     return reshaped(found, x.shape)
 
 
@@ -214,7 +207,7 @@ def _flat(value: Any, x: Bounds) -> Any:
     return None if value is None else constant(value, x.run).flatten()
 
 
-def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> Bounds:
+def _normalised(group: Any, eps: float, factor: Any, shift: Any) -> Bounds:
     """Groups [*, n] of values, less their mean and divided by their deviation."""
     like = group.radius
     keepdim = True
@@ -234,7 +227,7 @@ def _normalised(group: Any, name: str, eps: float, factor: Any, shift: Any) -> B
         shift,
         rounded=is_rounded(group.run),
     )
-    return new_leaf(group.run, Function(name), [group], values)
+    return new_leaf(group.run, [group], values)
 
 
 def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
@@ -246,7 +239,7 @@ def step(x: Bounds, function: Callable[[Tensor], Tensor]) -> Bounds:
     """
     values = interval(x)
     spikes = nonlinear.steps(values) if is_rounded(x.run) else values.each(function)
-    return new_leaf(x.run, Function("a surrogate"), [x], spikes)
+    return new_leaf(x.run, [x], spikes)
 
 
 OPERATIONS: list[tuple[Rule, str]] = [
@@ -255,8 +248,8 @@ OPERATIONS: list[tuple[Rule, str]] = [
     (_rectified, "relu"),
     (_function, " ".join((*nonlinear.MONOTONE[1:], *nonlinear.VALLEYS))),
     (_extremum, "max min amax amin maximum minimum"),
-    (_compared, "ge gt le lt"),
-    (chosen, "where"),
+    (compared, "ge gt le lt"),
+    (_chosen, "where"),
     (_softmax, "softmax"),
     (_layer_norm, "layer_norm"),
     (_group_norm, "group_norm"),

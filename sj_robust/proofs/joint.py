@@ -19,7 +19,7 @@ from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.moves import Shifts
 from sj_robust.proofs.neurons import counts
 from sj_robust.proofs.program import Operation, Program, Value
-from sj_robust.proofs.rounding import FLOAT64_GAP, SLACK, charge_rounding
+from sj_robust.proofs.rounding import SLACK, charge_rounding
 from sj_robust.proofs.spiking import Centred, Float32Spiking, Interval, SpikingBounds
 from sj_robust.proofs.structure import (
     ReadCall,
@@ -29,7 +29,7 @@ from sj_robust.proofs.structure import (
     by_step,
     in_layout,
 )
-from sj_robust.proofs.values import Bounds, Function, bounds_of, reshaped
+from sj_robust.proofs.values import Bounds, bounds_of, reshaped
 from sj_robust.proofs.windows import (
     KEPT,
     ListedTrains,
@@ -46,9 +46,6 @@ from sj_robust.proofs.windows import (
 )
 
 __all__ = ["JointRun", "MappedSums", "OverTime"]
-
-_SUMS = 4
-"""Sums over time that are held against their bounds at a point."""
 
 _ELEMENTS = 2**22
 """Elements of the windows of all layers that a run holds."""
@@ -182,15 +179,14 @@ class JointRun(BoundedRun):
         """What changed events can do to the current of each step so far."""
         self.sources: list[SpikeTrains | Steps | None] = []
         """What gives bounds of sums over time of each leaf; None for the images."""
-        self._by: Neuron | Function | None = None
 
     def leaf(self, values: Interval, batch_dim: int) -> Bounds:
         """See :class:`BoundedRun`."""
-        if self._by is None:
+        by = None if self.operation is None else self.operation.func
+        if self.operation is None:
             self.sources.append(None)
-        elif isinstance(self._by, Neuron) and counts(self._by) is None:
-            memory = self.memories[self._by.name]
-            self.sources.append(memory.trains)
+        elif isinstance(by, Neuron) and counts(by) is None:
+            self.sources.append(self.memories[by.name].trains)
         else:
             in_time = partial(by_step, samples=self.samples, batch_dim=batch_dim)
             self.sources.append(Steps(values.each(in_time)))
@@ -228,11 +224,6 @@ class JointRun(BoundedRun):
         layer.neurons = shape.numel()
         layer.steps += len(steps)
         return stacked([step.spikes for step in steps])
-
-    def potential(self, name: str) -> Interval:
-        """See :class:`BoundedRun`."""
-        steps = self.memories[name].steps
-        return steps[-1].v if steps else super().potential(name)
 
     def _bounded(self, spiking: Float32Spiking, memory: Memory) -> StepBounds:
         """Bounds of all steps so far, [T, M], from the start on."""
@@ -291,30 +282,8 @@ class JointRun(BoundedRun):
             return alone
         return torch.minimum(alone, self._lead_of_counts(logits, y))
 
-    def holds(self, name: str, spikes: Tensor) -> bool:
-        """Whether counts and random sums over time of a layer's spikes [T, N, *] are within their
-        bounds.
-        """
-        if counts(self.neurons[name]) is not None:
-            return True
-        generator = torch.Generator().manual_seed(len(spikes))
-        random = torch.randn(
-            _SUMS,
-            len(spikes),
-            generator=generator,
-            dtype=torch.float64,
-        )
-        random[0] = 1.0
-        weights = random.to(spikes.device)
-        bounds = self.memories[name].trains.bounds(weights)
-        flat = spikes.double().flatten(1)
-        sums = weights @ flat
-        wider = bounds.widened(FLOAT64_GAP * len(spikes))
-        return wider.holds(sums.view(bounds.low.shape))
-
     def _reached(self, call: LayerCall) -> None:
         self.layer_calls.append(replace(call, current=call.current.same()))
-        self._by = call.by
 
     def _current(self, call: LayerCall) -> Interval:
         """Bounds of a current in exact arithmetic, [steps, N, *]."""

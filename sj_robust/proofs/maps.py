@@ -98,25 +98,6 @@ class Maps:
         found = pulled_back(weights, current, leaves, create_graph=weights.requires_grad)
         return [(number, weight) for number, weight in enumerate(found) if weight is not None]
 
-    def image(self, call: int, leaves: list[Tensor], rows: int) -> Tensor:
-        """What the map to a call's current makes of values of the leaves, without its shift,
-        native layout.
-
-        ``<A^T u, z>`` is linear in u, so that its gradient is ``A z``.
-        """
-        current = self._trace(rows).currents[call]
-        weights = torch.zeros_like(current, requires_grad=True)
-        products = []
-        for number, back in self.adjoint(call, weights, rows):
-            products.append((back * leaves[number]).sum())
-        if not products:
-            return torch.zeros_like(current)
-        total = torch.stack(products).sum()
-        if not total.requires_grad:
-            return torch.zeros_like(current)
-        (found,) = torch.autograd.grad(total, weights)
-        return found
-
     def shift(self, call: int, rows: int) -> Tensor:
         """The call's current if all leaves are zero, native layout."""
         return self._trace(rows).currents[call].detach()

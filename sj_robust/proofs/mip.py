@@ -478,14 +478,14 @@ class _Program:
             current = self.through(matrices.of(run, number))
             if isinstance(call.by, Neuron) and counts(call.by) is None:
                 self._neurons(self.layers[call.by.name], call, current)
-            elif isinstance(call.by, Neuron) or call.by.pooling is None:
+            elif call.pooling is None:
                 raise NotImplementedError(
                     "no program is known for a network with ReLU, products or other functions; "
                     "use the method ibp or joint"
                 )
             else:
-                windows = matrices.windows(number, call, call.by.pooling)
-                self._pooled(call, call.by.pooling, current, windows)
+                windows = matrices.windows(number, call, call.pooling)
+                self._pooled(call, call.pooling, current, windows)
         self.logits = self.through(matrices.of(run, -1))
 
     def _changed(self, frames: Bounds, values: Any) -> _Affine:

@@ -130,12 +130,6 @@ class MovedEvents:
         found = without.scatter_add(1, target.unsqueeze(1), events)
         return found.view(weights.shape)
 
-    def drawn(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """Frames with as many moves as the budget allows, at random places."""
-        drawn = torch.rand(frames.shape, generator=generator, dtype=torch.float64)
-        weights = drawn.to(frames.device)
-        return self.lowest(frames, weights).to(frames.dtype)
-
     def gains(self, lines: Tensor, weights: Tensor) -> Tensor:
         """What moves within a line add to its sum with weights, [M, moves]: the sum of the first k
         is as much as k moves can add, or more. 移动一条时间线上的事件所得。

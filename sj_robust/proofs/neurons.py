@@ -15,6 +15,7 @@ __all__ = [
     "counts",
     "has_steps",
     "no_bounds",
+    "other_forwards",
     "spiking_surrogates",
     "stepped",
 ]
@@ -79,6 +80,18 @@ def no_bounds(module: nn.Module) -> str | None:
     """
     names = [cls.__name__ for cls in type(module).__mro__]
     return next((NO_BOUNDS[name] for name in names if name in NO_BOUNDS), None)
+
+
+def other_forwards(module: nn.Module) -> list[str]:
+    """Forwards that a neuron has in the place of its class's, and not from this package.
+    被替换的前向方法。
+    """
+    found = []
+    for name in ("forward", "single_step_forward", "multi_step_forward"):
+        own = vars(module).get(name)
+        if own is not None and not own.__module__.startswith("sj_robust."):
+            found.append(name)
+    return found
 
 
 def spiking_surrogates(net: nn.Module) -> list[Any]:

@@ -1,6 +1,6 @@
 """Points of a ball that are tried on the network itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,13 @@ class Points:
         every = torch.arange(classes, device=label.device)
         rivals = every[every != label].unsqueeze(1)
 
-        def lead(points: Tensor) -> list[Tensor]:
+        def lead(points: Tensor) -> Tensor:
             logits = self.logits(points)
-            leads = logits[:, label] - logits.gather(1, rivals)
-            return [leads.sum()]
+            return (logits[:, label] - logits.gather(1, rivals)).sum()
 
         points = image.expand(len(rivals), *image.shape[1:])
         for _ in range(_STEPS):
-            slope = next(_slopes(lead, points), None)
+            slope = _slope(lead, points)
             if slope is None:
                 break
             points = self.lower(image, points, slope.nan_to_num())
@@ -54,41 +53,6 @@ class Points:
             if is_wrong.any():
                 return points[is_wrong][:1]
         return None
-
-    def drawn(self, images: Tensor) -> Iterator[Tensor]:
-        """A corner and a random point of the ball of each image, and the images themselves."""
-        generator = torch.Generator().manual_seed(0)
-        if isinstance(self.eps, EVENTS):
-            for _ in range(2):
-                yield self.eps.drawn(images, generator)
-            yield images
-            return
-        drawn = torch.rand(images.shape, generator=generator, dtype=torch.float64)
-        share = drawn.to(images.device)
-        corner = 2.0 * share.round() - 1.0
-        between = 2.0 * share - 1.0
-        for direction in (corner, between):
-            yield inside_ball(images, images.double() + self.eps * direction, self.eps)
-        yield images
-
-    def against_lead(self, images: Tensor) -> Iterator[Tensor]:
-        """Of each image's ball the corner to which its lead falls; none without a gradient."""
-
-        def lead(points: Tensor) -> list[Tensor]:
-            first, second = self.logits(points).topk(2, dim=1).values.unbind(1)
-            return [(first - second).sum()]
-
-        for slope in _slopes(lead, images):
-            yield self.lowest(images, slope)
-
-    def lowest(self, image: Tensor, weights: Tensor) -> Tensor:
-        """The points [R, *] of the balls of images [R, *], or of one, whose sums with weights are
-        least.
-        """
-        if isinstance(self.eps, EVENTS):
-            return self.eps.lowest(image, weights).to(image.dtype)
-        corner = image.double() - self.eps * weights.sign()
-        return inside_ball(image, corner, self.eps)
 
     def lower(self, image: Tensor, points: Tensor, slopes: Tensor) -> Tensor:
         """Points of the ball a step down from these; of frames those that the slopes point to."""
@@ -104,22 +68,22 @@ class Points:
         return inside_ball(image, values, self.eps)
 
 
-def _slopes(values: Callable[[Tensor], list[Tensor]], images: Tensor) -> Iterator[Tensor]:
-    """Gradients of values at the images, of those that have one; none if autograd fails, as where
-    weights are written to in the forward.
+def _slope(value: Callable[[Tensor], Tensor], images: Tensor) -> Tensor | None:
+    """Gradient of a value at the images, if it has one; none if autograd fails, as where weights
+    are written to in the forward.
     """
     points = images.detach().clone().requires_grad_()
     try:
         with torch.enable_grad():
-            found = [value for value in values(points) if value.requires_grad]
-        for value in found:
-            (slope,) = torch.autograd.grad(value, points, retain_graph=True, allow_unused=True)
-            if slope is not None:
-                yield slope
+            found = value(points)
+        if not found.requires_grad:
+            return None
+        (slope,) = torch.autograd.grad(found, points, allow_unused=True)
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError:
-        return
+        return None
+    return slope
 
 
 def inside_ball(images: Tensor, points: Tensor, eps: float) -> Tensor:

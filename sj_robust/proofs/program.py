@@ -20,7 +20,7 @@ from sj_robust.neuron.charging import Neuron
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.proofs.neurons import spiking_surrogates
 from sj_robust.proofs.rounding import NoBoundsError
-from sj_robust.proofs.rules import ASKED, MAY_WRITE, RULES
+from sj_robust.proofs.rules import ASKED, MAY_WRITE, OF_TRUTH, RULES
 
 __all__ = ["Operation", "Program", "Record", "Value", "captured", "plain", "recorded"]
 
@@ -54,7 +54,6 @@ class Operation:
             the others.
         kwargs: Likewise.
         where: The module in or behind which it stands.
-        truth: Whether it gives True and False.
         writes: Whether torch writes the result into the first argument.
         shape: Of the result, or of its first part.
     """
@@ -63,7 +62,6 @@ class Operation:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     where: str = ""
-    truth: bool = False
     writes: bool = False
     shape: torch.Size = _NO_SHAPE
 
@@ -78,7 +76,6 @@ class Operation:
             self.func == other.func
             and _alike(self.args, other.args)
             and _alike(self.kwargs, other.kwargs)
-            and self.truth == other.truth
         )
 
 
@@ -424,8 +421,12 @@ class Record(TorchFunctionMode):
         first = next(_among(found, Tensor), None)
         if first is None:
             raise self.refusal(f"{name}, a number that depends on the input")
-        truth = first.dtype == torch.bool
-        operation = Operation(func, given, named, self._where, truth, bool(written), first.shape)
+        if first.dtype == torch.bool and RULES[name] not in OF_TRUTH:
+            raise self.refusal(
+                f"the operation {name} of a comparison: convert it first, as in (x >= "
+                "0).to(x.dtype)"
+            )
+        operation = Operation(func, given, named, self._where, bool(written), first.shape)
         self._add(operation, found)
         return found
 

@@ -20,10 +20,9 @@ from sj_robust.proofs.function_rules import step
 from sj_robust.proofs.rounding import SMALLEST, NoBoundsError, gamma, within_float32
 from sj_robust.proofs.values import (
     MAY_WRITE,
-    ON_TRUTH,
+    OF_TRUTH,
     RULES,
     Bounds,
-    Function,
     Pooling,
     Rule,
     Run,
@@ -31,11 +30,9 @@ from sj_robust.proofs.values import (
     bounds_of,
     centre_of_either,
     check_dtype,
-    check_numbers,
     constant,
     interval,
     is_rounded,
-    is_truth,
     new_leaf,
     run_of,
 )
@@ -43,9 +40,9 @@ from sj_robust.proofs.values import (
 __all__ = [
     "ASKED",
     "MAY_WRITE",
+    "OF_TRUTH",
     "RULES",
     "Bounds",
-    "Function",
     "Pooling",
     "Run",
     "moved",
@@ -163,7 +160,7 @@ def _matmul(func: Any, a: Any, b: Any) -> Bounds:
         if a.ndim < 2 or b.ndim < 2:
             raise NoBoundsError("a product of vectors that depend on the input")
         values = nonlinear.matmul(interval(a), interval(b), rounded=is_rounded(run))
-        return new_leaf(run, Function("a matrix product"), [a, b], values)
+        return new_leaf(run, [a, b], values)
     if isinstance(a, Bounds):
         return _matmul_with(a, constant(b, run), from_left=False)
     return _matmul_with(b, constant(a, run), from_left=True)
@@ -292,7 +289,6 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Sums and differences."""
-    check_numbers(func, a, b)
     if kwargs:
         raise NoBoundsError("a sum with alpha or out")
     name = func.__name__.strip("_")
@@ -337,12 +333,11 @@ def _shifted_changes(x: Bounds, shape: torch.Size) -> Changes | None:
 
 def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     """Products with a constant, and divisions by one."""
-    check_numbers(func, a, b)
     name = func.__name__.strip("_")
     is_division = "div" in name
     if isinstance(a, Bounds) and isinstance(b, Bounds) and not is_division:
         values = nonlinear.product(interval(a), interval(b), rounded=is_rounded(a.run))
-        return new_leaf(a.run, Function("a product"), [a, b], values)
+        return new_leaf(a.run, [a, b], values)
     x = a
     other = b
     if not isinstance(a, Bounds):
@@ -389,9 +384,6 @@ def moved(func: Any, *args: Any, **kwargs: Any) -> Any:
         for number in range(len(results)):
             of_one = {name: part[number] for name, part in parts.items()}
             views.append(Bounds(**of_one, run=run))
-    parts_moved = args[0] if isinstance(args[0], tuple | list) else args[:1]
-    for view in views:
-        view.truth = all(map(is_truth, parts_moved))
     _move_changes(views, func, args, kwargs)
     return views[0] if is_one else type(results)(views)
 
@@ -463,22 +455,11 @@ def _dropout(
 
 def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """A conversion to the dtype that the values have already, or of True and False to numbers."""
-    given = [_dtype_of(value) for value in (*args, *kwargs.values())]
+    given = [getattr(value, "dtype", value) for value in (*args, *kwargs.values())]
     if func.__name__ == "float":
         given.append(torch.float32)
-    if not (isinstance(x, Bounds) and x.truth):
-        check_dtype(x, *given)
-        return x
-    numbers = [dtype for dtype in given if isinstance(dtype, torch.dtype) and dtype != torch.bool]
-    check_dtype(x, *numbers)
-    return Bounds(x.centre, x.radius, x.error, x.run) if numbers else x
-
-
-def _dtype_of(value: Any) -> Any:
-    """The dtype that an argument of a conversion asks for, if it asks for one."""
-    if isinstance(value, Bounds) and value.truth:
-        return torch.bool
-    return getattr(value, "dtype", value)
+    check_dtype(x, *given)
+    return x
 
 
 _LAID_OUT = ["flatten", "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"]
@@ -517,12 +498,4 @@ for _rule, _names in _OPERATIONS:
 ASKED = _asked
 """The rule of what does not depend on values."""
 
-ON_TRUTH |= {
-    _sum,
-    _product,
-    _converted,
-    moved,
-    _expanded_as,
-    _asked,
-    function_rules.chosen,
-}
+OF_TRUTH |= {moved, _expanded_as, function_rules.compared}

@@ -51,16 +51,6 @@ class Interval:
         """With values that are so far outside."""
         return Interval(self.low - error, self.high + error)
 
-    def plus(self, other: "Interval") -> "Interval":
-        """Bounds of the sum."""
-        return Interval(self.low + other.low, self.high + other.high)
-
-    def within(self, other: "Interval") -> "Interval":
-        """The values of both."""
-        low = torch.maximum(self.low, other.low)
-        high = torch.minimum(self.high, other.high)
-        return Interval(low, high)
-
     def steps(self) -> "Iterator[Interval]":
         """Of every step, for bounds of [T, N, *]."""
         for low, high in zip(self.low, self.high, strict=True):

@@ -43,17 +43,14 @@ _SUM = 2.0**20
 
 def by_row(part: Tensor, rows: int, batch_dim: int) -> Tensor:
     """What the network lays out with its samples in ``batch_dim`` (see :class:`Layout`) as [N,
-    *].
+    steps, *].
     """
-    if batch_dim == -1:
-        part = part.view(-1, rows, *part.shape[1:])
-    return part.movedim(abs(batch_dim), 0)
+    return by_step(part, rows, batch_dim).transpose(0, 1)
 
 
 def laid_out(part: Tensor, batch_dim: int) -> Tensor:
     """The inverse of :func:`by_row`."""
-    part = part.movedim(0, abs(batch_dim))
-    return part.flatten(0, 1) if batch_dim == -1 else part
+    return in_layout(part.transpose(0, 1), batch_dim)
 
 
 def by_step(part: Tensor, samples: int, batch_dim: int) -> Tensor:

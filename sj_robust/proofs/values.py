@@ -3,7 +3,6 @@ arguments of rules.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +14,9 @@ from sj_robust.proofs.spiking import Interval
 
 __all__ = [
     "MAY_WRITE",
-    "ON_TRUTH",
+    "OF_TRUTH",
     "RULES",
     "Bounds",
-    "Function",
     "Pooling",
     "Rule",
     "Run",
@@ -26,11 +24,9 @@ __all__ = [
     "bounds_of",
     "centre_of_either",
     "check_dtype",
-    "check_numbers",
     "constant",
     "interval",
     "is_rounded",
-    "is_truth",
     "new_leaf",
     "reshaped",
     "rule_of",
@@ -39,19 +35,6 @@ __all__ = [
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling."""
-
-
-@dataclass(frozen=True)
-class Function:
-    """An operation that is not an affine map, so that its result is a leaf.
-
-    Attributes:
-        name: What a message calls it.
-        pooling: What it does, if that is a max pooling.
-    """
-
-    name: str
-    pooling: Pooling | None = None
 
 
 Rule = Callable[..., Any]
@@ -66,8 +49,8 @@ RULES: dict[str, Rule] = {}
 :mod:`sj_robust.proofs.rules` fills it: a rule makes bounds, so it stands above them.
 """
 
-ON_TRUTH: set[Rule] = set()
-"""Rules that know what they make of True and False; filled likewise."""
+OF_TRUTH: set[Rule] = set()
+"""Rules of operations whose results may be True and False, which are 1 and 0; filled likewise."""
 
 _OPERATORS_IN_PLACE = ["iadd", "isub", "imul", "itruediv", "idiv"]
 MAY_WRITE = ["add", "sub", "mul", "div", "truediv", "neg", "relu", *_OPERATORS_IN_PLACE]
@@ -92,8 +75,12 @@ class Run(Protocol):
     dtype: torch.dtype
     """Of the network."""
 
-    def begin(self, by: Function, arguments: "list[Bounds]", values: Interval) -> "Bounds":
-        """A leaf with these values, which an operation gives for arguments."""
+    def begin(
+        self, arguments: "list[Bounds]", values: Interval, pooling: Pooling | None
+    ) -> "Bounds":
+        """A leaf with these values, which an operation that is no affine map gives for arguments;
+        a max pooling is told.
+        """
 
 
 class Bounds:
@@ -151,10 +138,6 @@ class Bounds:
     unrounded: bool
     run: Run | None
     changes: Changes | None
-    truth: bool
-    """Whether torch's values are True and False, as those of a comparison, whose sum is a logical
-    or.
-    """
 
     def __init__(
         self,
@@ -171,7 +154,6 @@ class Bounds:
         self.centre = centre
         self.run = run
         self.unrounded = run is not None and not run.rounded
-        self.truth = False
         self.changes = changes
         self.radius = radius.expand(centre.shape)
         if self.unrounded:
@@ -227,7 +209,6 @@ class Bounds:
         looks for cycles.
         """
         found = Bounds(self.centre, self.radius, self.error, self.run, self.changes)
-        found.truth = self.truth
         found.run = None
         return found
 
@@ -260,21 +241,10 @@ def bounds_of(func: Any, *args: Any, **kwargs: Any) -> Any:
     rule = rule_of(func)
     if any(isinstance(value, Bounds) for value in kwargs.values()):
         raise NoBoundsError(f"{name} of an argument by keyword: pass it by its place")
-    if rule not in ON_TRUTH and any(isinstance(x, Bounds) and x.truth for x in args):
-        raise NoBoundsError(
-            f"the operation {name} of a comparison: convert it first, as in (x >= 0).to(x.dtype)"
-        )
     try:
         return rule(func, *args, **kwargs)
     except TypeError as error:  # a rule does not know an argument, or the call is wrong
         raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
-
-
-def is_truth(value: Any) -> bool:
-    """Whether a value is True or False, or a tensor of them."""
-    if isinstance(value, Bounds):
-        return value.truth
-    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def constant(value: Any, run: Run | None) -> Tensor:
@@ -311,17 +281,6 @@ def check_dtype(x: Bounds, *given: Any) -> None:
             raise NoBoundsError(f"a conversion to {dtype}: bounds are those of {x.dtype}")
 
 
-def check_numbers(func: Any, *values: Any) -> None:
-    """Raise NoBoundsError if all of these are True and False, which torch does not take for 1 and
-    0.
-    """
-    if all(map(is_truth, values)):
-        raise NoBoundsError(
-            f"the operation {func.__name__} of comparisons alone: convert one first, as in (x >= "
-            "0).to(x.dtype)"
-        )
-
-
 def interval(x: Bounds) -> Interval:
     """What float32 can give."""
     return Interval(x.lower, x.upper)
@@ -332,11 +291,12 @@ def is_rounded(run: Run | None) -> bool:
     return run is None or run.rounded
 
 
-def new_leaf(run: Run | None, by: Function, arguments: list[Bounds], values: Interval) -> Bounds:
-    """A leaf in the run of its arguments."""
-    if run is None:
-        raise NoBoundsError(f"{by.name} outside a run")
-    return run.begin(by, arguments, values)
+def new_leaf(
+    run: Run | None, arguments: list[Bounds], values: Interval, pooling: Pooling | None = None
+) -> Bounds:
+    """A leaf in the run of its arguments, see :meth:`Run.begin`."""
+    assert run is not None  # a function that begins leaves is called in a run
+    return run.begin(arguments, values, pooling)
 
 
 def reshaped(x: Bounds, shape: torch.Size) -> Bounds:

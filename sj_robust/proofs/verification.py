@@ -249,9 +249,9 @@ def verify(
             images or labels do not fit, ``eps`` is out of range or in L2, or the method is unknown;
             for L0 and moves, if the frames are not binary, or with ``counts`` not numbers of
             events.
-        UnsoundBoundsError: If the network contradicts its bounds: a neuron does not follow its
-            charge equation, or at a point of the ball the network differs from its recorded
-            program, or lies outside the bounds.
+        UnsoundBoundsError: If the network contradicts its bounds: a neuron does not follow the
+            charge equation that was stated, a surrogate is no step, or for the images the network
+            differs from its recorded program, or lies outside the bounds.
         ModuleNotFoundError: If scipy is missing for mip.
         NotImplementedError: If there are no bounds for a part of the network (a stochastic encoder,
             a neuron with unknown dynamics, an operation); the message names it.

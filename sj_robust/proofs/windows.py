@@ -261,10 +261,6 @@ class Chain:
     first: Tensor
     last: Tensor
 
-    def at(self, index: Tensor) -> "Chain":
-        """Some of the neurons."""
-        return Chain(self.spikes, self.first[index], self.last[index])
-
     def bounds(self, weights: Tensor) -> Interval:
         """Least and largest ``sum_t weights[f, t] s[t]``, [F, M]; of the first steps if the weights
         are of fewer.

@@ -22,6 +22,7 @@ from proofs.networks import (
     in_steps,
     spikes_at_the_end,
 )
+from proofs.watched import WatchedJointRun, check_point
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.testing import assert_close
@@ -33,11 +34,10 @@ from sj_robust.core.preserved import full_precision
 from sj_robust.data import load_images
 from sj_robust.models import pretrained
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.proofs import joint, soundness, verify, windows
+from sj_robust.proofs import joint, verify, windows
 from sj_robust.proofs.bounds import bounded_logits, bounded_neurons
 from sj_robust.proofs.joint import OverTime
 from sj_robust.proofs.maps import Maps
-from sj_robust.proofs.soundness import WatchedJointRun
 from sj_robust.proofs.spiking import Float32Spiking, Interval, LayerBounds
 
 LARGEST = 4.0
@@ -76,7 +76,7 @@ def check_points(model, x, eps):
     run, logits = joint_run(model, x, eps)
     for _ in range(4):
         z = (x + eps * (2 * torch.rand(x.shape) - 1)).clamp(0, 1)
-        found = soundness.check_point(model, run, logits, z).double()
+        found = check_point(model, run, logits, z).double()
         for label in range(3):
             lead = run.lead(logits, torch.full((len(x),), label))
             assert (found - found[:, label : label + 1] <= lead).all()

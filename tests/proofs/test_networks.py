@@ -436,7 +436,7 @@ def late():
     calls = itertools.count()
 
     def forward(net, x):
-        if next(calls) > 12:
+        if next(calls) > 6:
             net.unused.weight.data.add_(1.0)
         return logits(net, x)
 
@@ -512,12 +512,12 @@ for name, kind in KINDS.items():
         REFUSED[f"{name} {method}"] = (partial(other_method, kind, method), f"a {method} of its")
     for mode, method in (("m", "multi_step_forward"), ("s", "single_step_forward")):
         build = partial(other_method, kind, method, mode)
-        REFUSED[f"{name} {method}"] = (build, "a method of the neuron was replaced")
+        REFUSED[f"{name} {method}"] = (build, f"{method} is not that of its class")
     for function in (TwoLevels, Early):
         build = partial(kind, surrogate_function=function(), step_mode="m")
         REFUSED[f"{name} {function.__name__}"] = (
             lambda build=build: three(logits, T=T, node=build()),
-            "the layer node .*forward of its surrogate is not a step",
+            "is not a step at 0",
         )
 
 

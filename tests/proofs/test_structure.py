@@ -43,6 +43,9 @@ ATTACKS = {
     "the image": lambda net, s, x: s + STEPS * net.fc(x),
     "a sum without a step": lambda net, s, x: (s[0] + s[1]).expand(s.shape),
     "a sum with a step twice": lambda net, s, x: (s[0] + s[1] + s[1]).expand(s.shape),
+    "a sum of other steps in a part": lambda net, s, x: (
+        s[0] + torch.cat([s[1, :, :2], s[2, :, 2:]], -1) + s[2]
+    ).expand(s.shape),
     "a difference of steps": lambda net, s, x: (s[0] - s[1] + s[2]).expand(s.shape),
     "a mean and a step": lambda net, s, x: s.mean(0, keepdim=True) * STEPS - s,
     "a product of steps": lambda net, s, x: s * s.flip(0),
@@ -108,6 +111,15 @@ def test_no_large_weight_hides_what_depends_on_steps_or_samples(name, behind):
         margin = torch.tensor(result.margin, dtype=torch.float64)
         assert (least_leads(model, x, y, 0.1) >= margin).all()
     assert not refused or "sample" in name or "no program" in refused
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name.startswith("a sum")])
+def test_a_sum_that_is_not_of_all_steps_is_no_count(name):
+    torch.manual_seed(0)
+    model = beside_a_weight(ATTACKS[name], 1.0, behind=False)
+    x = torch.rand(3, 2)
+    told = verify(model, x, torch.zeros(3, dtype=torch.int64), 0.1).stepwise
+    assert any("no map of counts" in one for one in told)
 
 
 def steps_of(net, x):
