@@ -124,7 +124,7 @@ def measured(
         }
     return {
         "suite": options.suite,
-        "images": len(y),
+        "images": len(report.labels),
         "eps": study["eps"],
         "clean": f"{100 * report.clean.accuracy:.1f}",
         "left": f"{100 * report.everything.accuracy:.1f}",

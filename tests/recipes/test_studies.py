@@ -22,7 +22,7 @@ STUDIES = ROOT / "recipes" / "studies"
 RESULTS = ROOT / "docs" / "results"
 SHIPPED = ROOT / "sj_robust" / "models" / "trained"
 PAGES = ("defences_tables", "networks", "pretrained", "proved_tables", "record", "rounds")
-PAGES += ("standard",)
+PAGES += ("standard", "twins")
 SHORT = "--suite fast --test-limit 2 --no-control --batch-size 2"
 SMALL = {
     "before_after": {},
@@ -48,6 +48,15 @@ SMALL = {
     "spikes_case": {"attacks": ("PGD-20", "standard"), "images": 2},
     "sweeps": {"study": "mine"},
     "standard": {"names": ("digits/lif",), "suites": ("gradient",), "more": f"{SHORT} --no-proofs"},
+    "twins": {
+        "data": "digits",
+        "trainings": ("twin",),
+        "steps": (2,),
+        "seeds": (0,),
+        "images": 2,
+        "suite": "fast",
+        "more": "--epochs 1 --train-limit 100 --test-limit 10",
+    },
 }
 """What each study is run with, beside a folder of its own."""
 WRITES = {
@@ -64,6 +73,7 @@ WRITES = {
     "spikes_case": ["spikes_case.csv", "picture.png"],
     "standard": ["standard.csv"],
     "sweeps": ["sweeps.csv", "contrasts.csv"],
+    "twins": ["twins.csv"],
 }
 FROM_FILES = ("defences", "defences_pictures", "defences_tables")
 FROM_FILES += ("proved_tables", "record")
@@ -92,7 +102,7 @@ def inputs(name, folder):
     given = SMALL[name] | {"output": folder}
     if name in FROM_FILES:
         shutil.copytree(RESULTS, folder, ignore=shutil.ignore_patterns("*.png"), dirs_exist_ok=True)
-    if name in ("ground_truth", "standard", "pretrained", "proved", "defences"):
+    if name in ("ground_truth", "standard", "pretrained", "proved", "defences", "twins"):
         given["runs"] = folder / "runs"
     if name == "defences":
         finished_sweep(folder / "runs" / "defences_mine")
