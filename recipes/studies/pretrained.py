@@ -76,7 +76,7 @@ def main(options: Options) -> None:
 def train(command: str, run: Path, file: Path) -> None:
     """Train a network by the command of its card, and keep its rounded weights."""
     run_recipe("adv_train.py", command.split()[2:], run)
-    (best,) = run.glob("*/best.pt")
+    best = sorted(run.glob("*/best.pt"))[-1]  # behind that of a twin of ReLUs
     content = load_checkpoint(best)
     weights: dict[str, Tensor] = content["model"]
     for name, value in weights.items():

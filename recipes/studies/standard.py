@@ -23,7 +23,7 @@ from sj_robust.evaluation import Report
 PAGE = "pretrained.md"
 SUITES = ("gradient", "standard")
 CIFAR10 = "--dataset image_folder:data/cifar10_pictures --test-limit 500 --no-control"
-DIGITS = ("lif", "lif-at", "dlif-at", "dlif-at-mppd", "dlif-certified")
+DIGITS = ("lif", "lif-at", "dlif-at", "dlif-at-mppd", "dlif-twin", "dlif-certified")
 IN_L2 = ("lif-at", "dlif-at", "dlif-at-mppd")
 SHIPPED = ("dlif-at", "dlif-at-mppd")
 OF_STUDY = ("lif-at", "lif-at-mppd", *SHIPPED, "dlif-at-l1", "dlif-gaussian", "dlif")
