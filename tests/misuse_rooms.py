@@ -297,7 +297,14 @@ MISUSE = [
     Misuse(events, {"net": Whole(), "x": FRAMES}, name="images"),
     *(
         Misuse(classified, {"net": returning(output), "takes": "sequence"}, name="logits")
-        for output in (torch.zeros(3, 5, 2), torch.zeros(4, 5, 2, 2), (torch.zeros(2, 3),))
+        for output in (
+            torch.zeros(3, 5, 2),
+            torch.zeros(4, 5, 2, 2),
+            torch.zeros(1, 3),
+            torch.zeros(2, dtype=torch.int64),
+            (torch.zeros(2, 3),),
+            {"logits": torch.zeros(2, 3)},
+        )
     ),
     *rows(
         finetuned,

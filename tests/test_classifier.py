@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import base, encoding, functional, layer, neuron, surrogate
@@ -13,7 +12,6 @@ from sj_robust.classifier import (
     PoissonEncoder,
     SpikingClassifier,
     SpikingEventClassifier,
-    as_classifier,
 )
 from sj_robust.estimators import estimator
 from sj_robust.neuron import DLIFNode
@@ -110,43 +108,6 @@ def test_normalisation_is_inside_and_moves_with_the_module():
     assert set(classifier.state_dict()) >= {"mean", "std"}
     logits = classifier.double()(images.double())
     assert logits.dtype == torch.float64
-
-
-NUMBERS = {
-    "T of numpy": {"T": np.int64(4)},
-    "lists": {
-        "mean": [0.5],
-        "std": [0.25],
-    },
-    "tensors": {
-        "mean": torch.tensor([0.5]),
-        "std": torch.tensor([0.25], dtype=torch.float64),
-    },
-    "arrays": {
-        "mean": np.array([0.5]),
-        "std": np.array([0.25], dtype=np.float32),
-    },
-    "one number": {
-        "mean": 0.5,
-        "std": 0.25,
-    },
-}
-
-
-@pytest.mark.parametrize("numbers_of", NUMBERS)
-@pytest.mark.parametrize("wrap", [SpikingClassifier, as_classifier])
-def test_numbers_are_taken_as_evaluate_takes_them(numbers_of, wrap):
-    numbers = NUMBERS[numbers_of]
-    net = make_net()
-    images = make_images()
-    model = wrap(net, **{"T": 4} | numbers)
-    normalised = (images - 0.5) / 0.25 if "mean" in numbers else images
-    plain = SpikingClassifier(net, 4)
-    assert torch.equal(model(images), plain(normalised))
-    assert type(model.T) is int
-    if "mean" in numbers:
-        assert model.mean.dtype == torch.float32
-        assert model.std.dtype == torch.float32
 
 
 class Expanding(nn.Module):

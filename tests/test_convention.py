@@ -16,10 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.testing import assert_close
 from unchanged import unchanged
 
-from sj_robust import SpikingClassifier, compare_potentials, evaluate, perturbation_gains, verify
+from sj_robust import SpikingClassifier, perturbation_gains
 from sj_robust.core.convention import kept_state
 from sj_robust.defences import EvolvingLeakNode, HomeostaticNode, StochasticGate
-from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models import NetworkSpec, build_network, set_time_steps
 from sj_robust.models.direct import DirectlyEncoded
 
@@ -361,88 +360,10 @@ def test_a_neuron_in_two_places_is_no_loop_once_that_is_said(T):
     assert model.convention.takes == "steps"
 
 
-def classify(net, x, T):
-    return SpikingClassifier(net, T)(x)
-
-
-Y = torch.tensor([0, 1])
-
-
-def evaluate_two(net, x, T):
-    return evaluate(net, x, Y, eps=0.1, T=T, progress=False)
-
-
-def compare(net, x, T):
-    return compare_potentials(net, x, x, T=T)
-
-
-def bound_gains(net, x, T):
-    return perturbation_gains(net, x, T=T)
-
-
-def verify_two(net, x, T):
-    return verify(net, x, Y, 0.1, T=T)
-
-
-CALLS = [classify, evaluate_two, compare, bound_gains, verify_two]
-
-
-@pytest.mark.parametrize(
-    ("name", "T"),
-    [
-        ("image repeated, mean over time", 6),
-        ("loop over steps, mean", 6),
-        ("single steps", 0),
-        ("single steps", None),
-        ("sequence", None),
-    ],
-)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_wrong_number_of_steps_is_refused(name, T, call):
-    if call is compare and T is None:
-        pytest.skip("without T the network gets its own inputs")
-    row = ROWS[name]
-    with pytest.raises(ValueError, match=rf"\bT\b.*got (T=)?{T}"):
-        call(row.network(), row.images(), T)
-
-
 def test_a_batch_is_not_taken_for_time_steps():
     net = nn.Sequential(nn.Linear(6, 3), neuron.IFNode(step_mode="m"))
     with pytest.raises(ValueError, match="T must be given"):
         SpikingClassifier(net)(torch.rand(5, 6))
-
-
-class Returning(nn.Module):
-    """A network without neurons that returns what it is told to."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.linear = nn.Linear(64, 10)
-        self.change = change
-
-    def forward(self, x):
-        return self.change(self.linear(x.flatten(1)))
-
-
-WRONG = {
-    "tuple": lambda z: (z, None),
-    "dict": lambda z: {"logits": z},
-    "list": lambda z: [z, z],
-    "time": lambda z: z.expand(7, *z.shape),
-    "batch": lambda z: z[:1],
-    "integers": lambda z: z.argmax(1),
-    "nothing": lambda z: None,
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_wrong_outputs_are_refused(kind):
-    x = torch.rand(2, 1, 8, 8)
-    with pytest.raises(ValueError, match="logits"):
-        check_fits(Subject("mine", Returning(WRONG[kind]), ""), x[:1], None, "images")
-    if kind != "time":  # which is T = 7 for a classifier
-        with pytest.raises(ValueError, match="logits"):
-            SpikingClassifier(Returning(WRONG[kind]), 4)(x)
 
 
 class Stateful(nn.Module):

@@ -11,7 +11,6 @@ import torch
 from attacks.moving_bars import frames
 from attacks.table import Recorder, fooled, linear_model, predicted, seeded, two_classes
 from covering import every_pair
-from evaluation.short_suite import shortened
 from proofs.event_balls import all_moved
 from torch import nn
 
@@ -25,11 +24,8 @@ from sj_robust.attacks import (
     random_flips,
     random_moves,
 )
-from sj_robust.evaluation import Member, Report, make_suite
-from sj_robust.evaluation import assess as whole
-from sj_robust.evaluation.request import Request
+from sj_robust.evaluation import Member, make_suite
 from sj_robust.evaluation.run.member import craft
-from sj_robust.evaluation.subject import Subject
 
 T = 6
 OUTSIDE = float("inf")
@@ -145,24 +141,6 @@ class TestLinearOptimum:
             assert found == least
         assert (model(x_adv).argmax(1) != y).all()
 
-    def test_the_first_step_takes_the_largest_gains_of_the_margin(self):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = nn.Sequential(
-                nn.Flatten(), nn.Linear(40, 16), nn.Tanh(), nn.Linear(16, 4)
-            ).double()
-        x = self.x.clone().requires_grad_()
-        logits = model(x)
-        y = logits.argmax(1)
-        top = logits.topk(2, dim=1).values
-        (grad,) = torch.autograd.grad((top[:, 1] - top[:, 0]).sum(), x)
-        gain = (grad * (1 - 2 * x)).flatten(1)
-        wanted = (gain >= gain.sort(dim=1, descending=True).values[:, 2:3]) & (gain > 0)
-        x_adv = flip_events(
-            model, self.x, y, eps=3, steps=1, **GRADIENT, keep_best=False, reduce=False
-        )
-        assert torch.equal((x_adv != self.x).flatten(1), wanted)
-
 
 def test_success_has_the_confidence_that_is_asked_for():
     x = frames(6, 2, 2, 2, 5, seed=4)
@@ -226,33 +204,6 @@ def test_a_network_without_a_gradient_falls_to_the_exchanges():
     )
     assert fooled(Dead(), with_search, y)[y == 0].any()
     assert not torch.isnan(with_search).any()
-
-
-def test_calls_of_the_gradient_alone():
-    calls = []
-    model = linear_model(36)
-    x = frames(3, 1, 1, 6, 6)
-    y = model(x).argmin(1)  # the label no change of one event reaches
-
-    def counted(images):
-        calls.append(len(images))
-        return model(images)
-
-    right = model(x).argmax(1)
-    flip_events(
-        counted,
-        x,
-        right,
-        eps=1,
-        probes=0,
-        queries=0,
-        reduce=False,
-    )
-    assert sum(calls[:2]) == 6  # the frames themselves, and one gradient
-    assert len(calls) <= 3
-    calls.clear()
-    assert torch.equal(flip_events(counted, x, y, eps=30), x)
-    assert calls == [3]
 
 
 class TestRandomFlips:
@@ -341,14 +292,6 @@ def test_moves_of_counts_are_counted_in_their_order_of_time():
         assert float(threat.distance(x, x_adv)) == distance
 
 
-@pytest.mark.parametrize(("shift", "expected"), [(3, 1.0), (2, 2.0), (1, OUTSIDE)])
-def test_events_in_between_make_way(shift, expected):
-    """From frame 0 to frame 3 an event needs others that move on, if it may not go so far."""
-    threat = ThreatModel("moves", 4, largest_shift=shift)
-    distance = threat.distance(line(1.0, 1.0, 0.0, 0.0), line(0.0, 1.0, 0.0, 1.0))
-    assert float(distance) == expected
-
-
 def test_a_move_that_nothing_can_make_way_for_is_outside_at_once():
     """Of 30 events in between there are a billion choices of others to move on."""
     between = [1.0] * 30
@@ -372,24 +315,6 @@ def test_distances_are_the_fewest_moves_of_all(binary):
     expected = [tuple(one) in known for one in wider.flatten(1).tolist()]
     assert inside == expected
     assert not all(expected)
-
-
-def test_binary_frames_do_not_become_counts():
-    x = line(1.0, 1.0, 0.0, 0.0)
-    stacked = line(0.0, 2.0, 0.0, 0.0)
-    assert float(ThreatModel("moves", 1).distance(x, stacked)) == OUTSIDE
-    member = Member("mine", lambda model, z, y, **_: stacked, threat=ThreatModel("L0", 5))
-    y = torch.tensor([0])
-    with pytest.raises(ValueError, match="must leave event frames binary"):
-        craft(linear_model(4), x, y, member, seeds=SampleSeeds([0]))
-
-
-def test_a_budget_larger_than_the_frames():
-    ones = torch.ones(2, 3, 2, 2, 2)
-    model = linear_model(24)
-    y = model(ones).argmax(1)
-    x_adv = flip_events(model, ones, y, eps=ThreatModel("L0", 300, counts=True))
-    assert (model(x_adv).argmax(1) != y).all()
 
 
 @pytest.mark.parametrize("value", [1e9, 1e30, 0.5, float("nan"), float("inf")])
@@ -504,22 +429,6 @@ class TestThreat:
     x = TestOneEvent.x
     later = x.roll(2, dims=1)
 
-    def test_distance(self):
-        for limits, allowed in (
-            ({}, True),
-            ({"largest_shift": 1}, False),
-            ({"total_shift": 2}, True),
-        ):
-            threat = ThreatModel("moves", 1, **limits)
-            found = threat.distance(self.x, self.later).tolist()
-            assert found == [1.0 if allowed else torch.inf]
-            found = threat.project(self.x, self.later)
-            assert torch.equal(found, self.later if allowed else self.x)
-        added = self.x.clone()
-        added[0, 3, 0, 0, 0] = 1.0
-        found = ThreatModel("moves", 5).distance(self.x, added).tolist()
-        assert found == [torch.inf]
-
     def test_a_member_that_leaves_it_is_refused(self):
         def crafted(attack, **limits):
             member = Member("mine", attack, threat=ThreatModel("moves", 1, **limits))
@@ -554,17 +463,3 @@ class TestThreat:
         ]
         with pytest.raises(ValueError, match="'standard' does not fit a threat in moves"):
             make_suite("standard", threat, classes=4)
-
-
-@pytest.mark.slow
-def test_a_whole_evaluation_and_its_report(bars):
-    threat = ThreatModel("moves", 15, largest_shift=2)
-    subject = Subject("bars", bars.model, "three layers")
-    few = [(bars.x[:3], bars.y[:3])]
-    with shortened():
-        report = whole.assess(subject, few, Request("events", threat, "bars", 4, control=False))
-    assert report.budget == "at most 15 events moved in time, each by at most 2 frames"
-    assert report.worst_case.correct < report.clean.correct
-    assert all(map(report.within, report.attacks))
-    again = Report.from_json(report.to_json())
-    assert (again, again.threat) == (report, threat)

@@ -45,12 +45,16 @@ def test_a_network_under_a_tracer_gives_the_numbers_of_the_plain_call(tracer, ba
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # of torch, by itself
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.parametrize(
-    ("tracer", "backend"), each_in_turn(tracers.SLOW, ["fused", "cpp", "eager"])
+    ("tracer", "backend"),
+    [
+        *each_in_turn(tracers.SLOW, ["fused", "cpp", "eager"]),
+        *(pytest.param(name, "cpp", marks=pytest.mark.kernels) for name in tracers.BY_A_COMPILER),
+    ],
 )
 def test_a_compiled_network_gives_the_numbers_of_the_plain_call(tracer, backend):
     torch.manual_seed(0)
     torch.compiler.reset()
-    tracers.SLOW[tracer](tracers.Network(backend))
+    (tracers.SLOW | tracers.BY_A_COMPILER)[tracer](tracers.Network(backend))
 
 
 @pytest.fixture

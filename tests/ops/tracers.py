@@ -181,8 +181,8 @@ SLOW = {
     "torch.compile, any batch": dynamic,
     'torch.compile(backend="aot_eager")': lambda net: compiled(net, backend="aot_eager"),
     "torch.export, strict": lambda net: export(net, True),
-    "AOTInductor, loaded by a new process": aot_inductor,
 }
+BY_A_COMPILER = {"AOTInductor, loaded by a new process": aot_inductor}
 TWICE = (RuntimeError, "differentiable once.*backend='reference'")
 BATCH = (RuntimeError, "no batch of gradients .*backend='reference'")
 FUNCTORCH = (ValueError, r"torch\.func\.grad.*backend='reference'")
