@@ -328,7 +328,7 @@ class Probe:
     def _repeatable(self, model: Model, x: Tensor) -> Tensor:
         """Logits with the same random numbers in every call, in the mode for gradients as it is."""
         with seeded_network(model, self._seed("repeatable"), x.device):
-            return logits_of(model, x, self.y[: len(x)])
+            return logits_of(model, x, self.y[:1].expand(len(x)))  # of which one stands for all
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed("attack"))
