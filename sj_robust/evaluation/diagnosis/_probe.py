@@ -132,9 +132,14 @@ class Probe:
         return self.right & (2 * wrong > len(draws))
 
     @cached_property
+    def attacked(self) -> Tensor:
+        """Images after the attack with the model's own gradient."""
+        return self.attack()
+
+    @cached_property
     def white_box(self) -> Tensor:
-        """Images that the attack with the model's own gradient fools, [N] bool."""
-        return self.fooled(self.attack())
+        """Images that this attack fools, [N] bool."""
+        return self.fooled(self.attacked)
 
     def changed(self) -> dict[str, Tensor]:
         """Images whose logits, with noise or attacked, change where they should not, [N] bool."""
@@ -142,7 +147,7 @@ class Probe:
         places = ("under an attack", "in an unused copy", "in another order", "alone")
         found = {place: none.clone() for place in places}
         is_random = bool(self.random.any())  # numbers then belong to places in a batch
-        for x in (self.noise(0), self.attack()):
+        for x in (self.noise(0), self.attacked):
             with torch.no_grad():
                 usual = self._repeatable(self.model, x)
                 if self.plain is not None:
