@@ -58,31 +58,20 @@ class Gradients:
     connected: bool
 
 
+@dataclass(frozen=True, eq=False)
 class Probe:
     """A model and a few images in one threat model; every method is a function of its arguments and
     the seed.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        threat: ThreatModel,
-        seed: int,
-        steps: int,
-        eot_samples: int,
-        plain: Model | None = None,
-    ) -> None:
-        self.model = model
-        self.x = x
-        self.y = y
-        self.threat = threat
-        self.seed = seed
-        self.steps = steps
-        self.eot_samples = eot_samples
-        self.plain = plain
+    model: Model
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+    seed: int
+    steps: int
+    eot_samples: int
+    plain: Model | None = None
 
     @cached_property
     def repeated(self) -> Tensor:

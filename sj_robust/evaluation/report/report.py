@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from sj_robust.core.eps import eps_text
 from sj_robust.core.folders import check_file
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
@@ -66,21 +65,9 @@ class Report(
     """
 
     @property
-    def eps(self) -> str:
-        """Radius as a string, such as ``"8/255"``; in L0 the number of changed elements, such as
-        ``"20"``.
-        """
-        return "" if self.threat is None else eps_text(self.threat.eps)
-
-    @property
     def budget(self) -> str:
         """Norm and radius, or the number of changes, as text for readers."""
         return verdict.budget(self.threat)
-
-    @property
-    def architecture(self) -> str:
-        """Architecture of the network."""
-        return str(self.network.get("architecture", "unknown"))
 
     @property
     def verdict(self) -> str:
