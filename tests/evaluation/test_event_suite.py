@@ -183,12 +183,10 @@ class TestReport:
 
     def test_transfer_does_not_end_at_the_border_of_the_source(self, bars):
         suite = make_suite("events", TEN, classes=4, surrogate_model=bars.model)
-        crafted = suite.members[1]
-        assert crafted.name == "transfer/flips"
-        few = replace(
-            crafted,
-            attack=replace(crafted.attack, attack=partial(crafted.attack.attack, queries=5)),
-        )
+        there = suite.members[1]
+        assert there.name == "transfer/flips"
+        shorter = partial(there.attack.attack, queries=5)
+        few = replace(there, attack=replace(there.attack, attack=shorter))
         x, y = bars.x[:8], bars.y[:8].clone()
         y[:4] = (y[:4] + 1) % 4  # the source is wrong already
         x_adv = crafted(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8))).x_adv
