@@ -135,7 +135,7 @@ def test_bound_attacks_can_be_pickled_and_printed(model):
     assert "eps=0.1" in repr(attack)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # before what is trained for it
 def torchattacks():
     reason = "extra `compare` holds the peers of parity tests"
     return pytest.importorskip("torchattacks", reason=reason)
