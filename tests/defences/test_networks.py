@@ -274,10 +274,8 @@ def test_no_suite_takes_an_estimator_that_the_neurons_refuse(kind, suite):
 
 def short_attacks(suite):
     """Its attacks in steps, of which there are few, ASSG among its candidates."""
-    members = []
-    for member in suite.members:
-        if "steps" in getattr(member.attack, "keywords", {}):
-            members.append(replace(member, attack=partial(member.attack, steps=3)))
+    in_steps = [one for one in suite.members if "steps" in getattr(one.attack, "keywords", {})]
+    members = [replace(one, attack=partial(one.attack, steps=3)) for one in in_steps]
     search = suite.search
     if search is not None:
         search = replace(short_suite(suite).search, candidates=("atan:2", "assg"))
