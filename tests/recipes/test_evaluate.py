@@ -8,8 +8,7 @@ import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, trust
-from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, undrawn, without_times
-from evaluation.short_suite import shortened
+from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
 from lab.command_line import WrongUse
 from launch import finish
 
@@ -25,28 +24,10 @@ pytestmark = pytest.mark.slow
 PAPER = (*split("--suite paper --no-control"), *TWO_BATCHES)
 
 
-def few_steps(suite):
-    """Its attacks, of three steps at most."""
-    members = []
-    for member in suite.members:
-        steps = min(3, member.attack.keywords.get("steps", 0))
-        few = {"steps": steps} if steps else {}
-        members.append(replace(member, attack=partial(member.attack, **few)))
-    return replace(suite, members=tuple(members))
-
-
-@pytest.fixture
-def papers_steps():
-    """The paper's protocol has few steps, also in a forked process."""
-    with shortened(few_steps):
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(folder):
     """The paper's protocol on the small network, without an interruption."""
-    with shortened(few_steps), undrawn():
-        launch.in_process("evaluate", folder, "runs/one", *PAPER, "--output", "whole")
+    in_process(folder, "runs/one", *PAPER, "--output", "whole")
     return Report.load(folder / "whole" / "report.json")
 
 
@@ -120,7 +101,7 @@ def test_the_papers_protocol(whole):
     assert "gaussian" not in known
 
 
-def test_killed_and_resumed(folder, tmp_path, whole, papers_steps):
+def test_killed_and_resumed(folder, tmp_path, whole):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "cut"))
     process = start(folder, *options)
     records = tmp_path / "cut" / "progress" / "suite"
@@ -135,9 +116,8 @@ def test_killed_and_resumed(folder, tmp_path, whole, papers_steps):
     with pytest.raises(
         FileExistsError, match="cut is not empty: .* --resume"
     ):  # not overwritten by accident
-        launch.in_process("evaluate", folder, *options)
-    with undrawn():  # with the options of the run
-        launch.in_process("evaluate", folder, "--output", str(tmp_path / "cut"), "--resume")
+        in_process(folder, *options)
+    in_process(folder, "--output", str(tmp_path / "cut"), "--resume")  # with the options of the run
     resumed = Report.load(tmp_path / "cut" / "report.json")
     assert without_times(resumed) == without_times(
         replace(whole, configuration=resumed.configuration)
