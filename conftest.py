@@ -91,6 +91,18 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def short_evaluations(request):
+    """The example of an evaluation in a docstring has short attacks."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    from evaluation.short_suite import shortened
+
+    with shortened():
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """Gives back the tracer that stood before the test: pyautoattack and torch.compile take it

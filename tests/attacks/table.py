@@ -177,8 +177,6 @@ ON_IMAGES = {
     "autoattack": Attack(autoattack, {"attacks": ["apgd-ce"]}),
     "autoattack_fab": Attack(autoattack, {"attacks": ["apgd-ce", "fab-t"]}),
     "autoattack_l2": Attack(autoattack, {"attacks": ["apgd-t"]}, "L2"),
-    "autoattack_plus": Attack(autoattack, {"version": "plus", "attacks": ["fab"]}),
-    "autoattack_rand": Attack(autoattack, {"version": "rand", "attacks": ["apgd-dlr"]}),
 }
 """What attacks images [N, C, H, W] alone, or takes long."""
 

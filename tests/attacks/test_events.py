@@ -157,9 +157,9 @@ def test_on_a_trained_network_the_search_uses_all_its_means(bars):
     """No single change can be put back; probes and exchanges add to the gradient; all of them are
     better than what is drawn, and further runs never need more.
     """
-    x = bars.x[:16]
-    y = bars.y[:16]
-    run = partial(flip_events, bars.model, x, y, eps=12, generator=SampleSeeds(range(16)))
+    x = bars.x[:12]
+    y = bars.y[:12]
+    run = partial(flip_events, bars.model, x, y, eps=12, generator=SampleSeeds(range(12)))
     grown = run(reduce=False)
     reduced = run()
     fell = fooled(bars.model, grown, y)

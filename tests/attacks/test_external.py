@@ -135,11 +135,14 @@ def test_bound_attacks_can_be_pickled_and_printed(model):
     assert "eps=0.1" in repr(attack)
 
 
+@pytest.fixture(scope="session")  # before what is trained for it
+def torchattacks():
+    reason = "extra `compare` holds the peers of parity tests"
+    return pytest.importorskip("torchattacks", reason=reason)
+
+
 @pytest.mark.parametrize("name", ["PGD", "PGDL2", "FGSM", "APGD", "Square"])
-def test_attacks_of_torchattacks(model, name):
-    torchattacks = pytest.importorskip(
-        "torchattacks", reason="extra `compare` holds the peers of parity tests"
-    )
+def test_attacks_of_torchattacks(torchattacks, model, name):
     x = X
     y = predicted(model, x)
     norm, eps = ("L2", 1.0) if name == "PGDL2" else ("Linf", 0.1)
@@ -164,10 +167,9 @@ def test_attacks_of_torchattacks(model, name):
         ("PGDL2", "L2", 1.0, 0.2, 10),
     ],
 )
-def test_predictions_agree_with_torchattacks(trained, peer, norm, eps, step_size, steps):
-    torchattacks = pytest.importorskip(
-        "torchattacks", reason="extra `compare` holds the peers of parity tests"
-    )
+def test_predictions_agree_with_torchattacks(
+    torchattacks, trained, peer, norm, eps, step_size, steps
+):
     model, x, y = trained
     options = {"steps": steps, "random_start": False}
     threat = ThreatModel(norm, eps)
@@ -189,8 +191,10 @@ def library():
     return pytest.importorskip("pyautoattack", reason=reason)
 
 
-@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05), ("L2", 0.5)])
+@pytest.mark.parametrize(
+    ("version", "norm", "eps"),
+    [("standard", "Linf", 0.05), ("plus", "L2", 0.5), ("rand", "Linf", 0.05)],
+)
 def test_images_are_those_of_the_library_by_itself(library, version, norm, eps):
     names = ["apgd-ce", "apgd-t"] if version == "standard" else ["apgd-ce"]
     private = private_generator(seeded(5), torch.device("cpu"))

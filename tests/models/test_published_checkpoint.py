@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
-from compare.published import lively
 from covering import mostly_slow
 from torch import nn
 from torch.nn import functional as F
@@ -182,6 +181,24 @@ class Pdsg(Published):
 
     def logits(self, x):
         return self.net(x)
+
+
+@torch.no_grad()
+def lively(net, size):
+    """The network with other gains, batch norms and mixing than at first, and spikes up to its last
+    layer.
+    """
+    for name, parameter in net.named_parameters():
+        if name.endswith((".p", ".comb")):
+            parameter.copy_(0.5 + torch.rand_like(parameter))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.fill_(2.0)
+            module.bias.uniform_(0, 1)
+        if isinstance(module, nn.Linear):
+            module.weight.mul_(3.0)
+    net.train()(torch.rand(2, 3, size, size))
+    return net.eval()
 
 
 def gated(net, size):

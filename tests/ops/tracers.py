@@ -68,7 +68,7 @@ def compiled(net, **options):
 
 
 def dynamic(net):
-    whole = torch.compile(net, fullgraph=True)
+    whole = torch.compile(net, fullgraph=True, backend="aot_eager")
 
     def call(x):
         torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -179,12 +179,14 @@ QUICK = {
     "torch.export": lambda net: export(net, False),
 }
 SLOW = {
-    "torch.compile(fullgraph=True)": lambda net: compiled(net, fullgraph=True),
+    "torch.compile": lambda net: compiled(net, fullgraph=True, backend="aot_eager"),
     "torch.compile, any batch": dynamic,
-    'torch.compile(backend="aot_eager")': lambda net: compiled(net, backend="aot_eager"),
     "torch.export, strict": lambda net: export(net, True),
 }
-BY_A_COMPILER = {"AOTInductor, loaded by a new process": aot_inductor}
+BY_A_COMPILER = {
+    "AOTInductor, loaded by a new process": aot_inductor,
+    "torch.compile by Inductor": lambda net: compiled(net, fullgraph=True),
+}
 TWICE = (RuntimeError, "differentiable once.*backend='reference'")
 BATCH = (RuntimeError, "no batch of gradients .*backend='reference'")
 FUNCTORCH = (ValueError, r"torch\.func\.grad.*backend='reference'")

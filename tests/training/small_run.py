@@ -209,8 +209,8 @@ SYNCHRONISED = WITH_BATCH_NORM | {"sync_batch_norm": True}
 # error.
 PENALTIES = [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]
 SCENARIOS = {
-    "none": SAME | {"perturb": None},
-    "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01},
+    "none": SAME | {"perturb": None, "epochs": 1},
+    "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01, "epochs": 2},
     "parts": SAME | {"accumulate": 2, "epochs": 1},
     "synchronised": SYNCHRONISED,
     "penalties": SYNCHRONISED | {"objective": {"rho": 0.0, "penalties": PENALTIES}},

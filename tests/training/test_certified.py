@@ -91,12 +91,12 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
     history, classifier = small_run.run(
         tmp_path,
         **CERTIFIED,
-        epochs=12,
-        lr=0.05,
+        epochs=6,
+        lr=0.04,
         journal=Watching(tmp_path),
         mixed_precision="bf16",
     )
-    steps = torch.arange(48) / 48
+    steps = torch.arange(24) / 24
     expected = ((steps - 0.05) / 0.6).clamp(0, 1)
     assert_close(torch.tensor(ramps), expected, atol=1e-6, rtol=0)
     assert [value > 0 for value in bounded] == [ramp > 0 for ramp in ramps]
@@ -108,7 +108,7 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
     x, y = small_run.splits().validation.tensors
     assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(last)
     text = (tmp_path / "log.txt").read_text()
-    assert re.search(r"epoch 12/12: loss [^;]*certified \d[^;]*; validation [^;]*verified \d", text)
+    assert re.search(r"epoch 6/6: loss [^;]*certified \d[^;]*; validation [^;]*verified \d", text)
 
 
 def certified(net=None, **options):

@@ -59,8 +59,9 @@ QUICK = [cut for cut in CUTS if cut[0] in ("dropout", "gates", "certified")]
 
 @pytest.mark.parametrize(("name", "call", "checkpoint_steps"), mostly_slow(CUTS, quick=QUICK))
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, name, call, checkpoint_steps):
-    whole, _ = small_run.run(tmp_path / "whole", **RUNS[name])
-    options = RUNS[name] | {"checkpoint_steps": checkpoint_steps}
+    options = RUNS[name] | {"epochs": 2}
+    whole, _ = small_run.run(tmp_path / "whole", **options)
+    options["checkpoint_steps"] = checkpoint_steps
     with pytest.raises(PowerCutError):
         small_run.run(tmp_path / "cut", **options, perturb=At(call, power_cut))
     torch.manual_seed(99)  # whatever ran in between

@@ -128,7 +128,7 @@ def test_the_radius_is_that_of_training_and_validation(monkeypatch):
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, monkeypatch):
     whole = linear()
-    options = QUICK | {"epochs": 3, "lr": 0.5}
+    options = QUICK | {"epochs": 2, "lr": 0.5}
     report = finetune(whole, STRIPES, **options)
     calls = []
 
