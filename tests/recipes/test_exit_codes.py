@@ -112,7 +112,9 @@ def assert_stopped(code, err):
     assert code == 130, err
     assert "Traceback" not in err
     assert "stopped" in err
-    assert err.count("\n") == 1, err
+    # torch may say that there is a compiler for CUDA and no GPU
+    said = [line for line in err.splitlines() if "torch/utils/cpp_extension.py" not in line]
+    assert len(said) == 1, err
 
 
 @pytest.mark.slow
