@@ -164,16 +164,14 @@ class _Written:
             "rest": None if module.v_reset is None else float(module.v_reset),
         }
 
-    def _kept(self, value: Tensor | None) -> str | None:
+    def _kept(self, value: Tensor) -> str:
         """The name of a weight."""
-        if value is None:
-            return None
         name = f"weight{len(self._weights)}"
         self._weights[name] = value.detach().cpu().numpy()
         return name
 
 
-Keep = Callable[[Tensor | None], str | None]
+Keep = Callable[[Tensor], str]
 
 
 def _pair(value: Any) -> list[int]:
@@ -189,13 +187,15 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> dict[str, Any] | None:
-    if isinstance(padding, str):
+    if isinstance(padding, str) or groups != 1 or _pair(dilation) != [1, 1]:
         return None
-    sizes = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
-    return {"weight": keep(weight), "bias": keep(bias), "groups": groups, **sizes}
+    sizes = {"stride": _pair(stride), "padding": _pair(padding)}
+    return _linear(keep, weight, bias) | sizes
 
 
 def _linear(keep: Keep, weight: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
     return {"weight": keep(weight), "bias": keep(bias)}
 
 
