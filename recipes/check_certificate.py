@@ -146,7 +146,7 @@ def convolution(weight: Array, bias: Array, stride: list[int], padding: list[int
     return Map(times, weight[0].size + 2, shift, np.abs(shift))
 
 
-def batch_norm(mean: Array, variance: Array, weight: Array, bias: Array, eps: float) -> Map:
+def batch_norm(eps: float, mean: Array, variance: Array, weight: Array, bias: Array) -> Map:
     """``(x - mean) / sqrt(variance + eps) * weight + bias`` of [rows, C, H, W]."""
     check((variance + eps > 0).all(), "variances above -eps")
     slope = (weight / np.sqrt(variance + eps)).reshape(-1, 1, 1)
@@ -261,11 +261,10 @@ def listed_trains(neurons: Neurons, largest: float, error: float) -> list[Piece]
             size = terms + charge + reset
             charged = replace(piece, slope=slope, offset=offset, drift=drift, size=size)
             pieces += [replace(one, drift=drift + reset) for one in charged.cut(above, 0)]
-            after = {"slope": zero, "offset": zero, "drift": reset, "size": abs(rest) + reset}
-            if neurons.soft:
-                after = {"drift": drift + reset, "size": size + abs(threshold)}
-                after["offset"] = offset - threshold
-            pieces += [replace(one, **after) for one in charged.cut(below, 1)]
+            slope, offset = (slope, offset - threshold) if neurons.soft else (zero, zero)
+            drift, size = (drift, size + abs(threshold)) if neurons.soft else (zero, abs(rest))
+            after = partial(replace, slope=slope, offset=offset, drift=drift + reset)
+            pieces += [after(one, size=size + reset) for one in charged.cut(below, 1)]
         if len(pieces) > MOST_TRAINS:
             raise ArithmeticError(f"a layer with more than {MOST_TRAINS} trains")
     return sorted(pieces, key=lambda piece: (piece.low, piece.high))
@@ -445,7 +444,7 @@ def read_network(operations: Any, place: tuple[int, ...], arrays: dict[str, Arra
             case {"op": "batch_norm", "eps": float(eps)} if is_image:
                 parts = weights(*(given[key] for key in ("mean", "variance", "weight", "bias")))
                 check(all(part.shape == place[:1] for part in parts), told)
-                one = batch_norm(*parts, eps=eps)
+                one = batch_norm(eps, *parts)
             case {"op": "avg_pool2d", "size": [a, b] as size, "stride": [_, _] as by} if is_image:
                 check(min(a, b, *by) > 0, told)
                 one = Map(partial(average, size, by), a * b + 2)

@@ -67,7 +67,7 @@ class Proof:
         }
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
         with Path(path).open("wb") as file:
-            np.savez_compressed(file, header=text, **claim, **weights)
+            np.savez_compressed(file, **{"header": text, **claim, **weights})  # type: ignore[arg-type]
         return network
 
 
