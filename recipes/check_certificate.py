@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -429,9 +430,9 @@ def read_network(operations: Any, place: tuple[int, ...], arrays: dict[str, Arra
                 new = tuple(shape[len(kept) :])
                 check(shape[: len(kept)] == kept and math.prod(new) == math.prod(place), told)
                 one = Map(lambda x, _, shape=new: x.reshape(len(x), *shape))  # type: ignore[misc]
-            case {"op": "expand", "shape": [int(number), *shape]} if not (in_rows or layers):
-                check(steps in (1, number) and shape == [SAMPLES, *place], told)
-                steps = number
+            case {"op": "expand", "shape": [int(number), *shape]} if not layers:
+                check(steps == 1 <= number and shape == [SAMPLES, *place], told)
+                steps, in_rows = number, False
             case {"op": "conv2d", "stride": [int(), int()] as by, "padding": pads} if is_image:
                 weight, bias = weights(given["weight"], given["bias"])
                 check(min(by) > 0 and weight.shape[1] == place[0], told)
@@ -483,7 +484,7 @@ def digest(text: Any, arrays: dict[str, Array]) -> str:
 
 def read(path: str) -> tuple[Network, str, float, list[Array]]:
     """The network of a file, its SHA-256, the radius, and images, labels and numbers of images."""
-    with np.load(path, allow_pickle=False) as file:
+    with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     header = json.loads(arrays.pop("header").tobytes())
     check(header["format"] == FORMAT, f"the format {FORMAT!r}")
