@@ -66,8 +66,9 @@ class Proof:
             "operations": operations,
         }
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+        arrays = {"header": text, **claim, **weights}
         with Path(path).open("wb") as file:
-            np.savez_compressed(file, **{"header": text, **claim, **weights})  # type: ignore[arg-type]
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's allow_pickle
         return network
 
 
