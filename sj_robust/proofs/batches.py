@@ -17,6 +17,7 @@ from sj_robust.proofs.maps import Maps
 from sj_robust.proofs.mip import Programs
 from sj_robust.proofs.moves import Events
 from sj_robust.proofs.points import Points
+from sj_robust.proofs.program import Program
 from sj_robust.proofs.soundness import (
     UnprovableError,
     UnsoundBoundsError,
@@ -98,6 +99,7 @@ class BatchProofs:
         self._programs: Programs | None = None
         maps = Maps(model, neurons, x[0].to(self._device))
         self._bounded = maps.bounded
+        self._program = maps.program
         self.size = len(x)
         with sums_of_products(self._device), preserved(model):
             images, labels = x.to(self._device).clone(), y.to(self._device).clone()
@@ -168,6 +170,10 @@ class BatchProofs:
             for name, total in self._sums.items()
             if self._sizes[name]
         )
+
+    def program(self) -> Program:
+        """The network's program for two images."""
+        return self._program()
 
     @property
     def stepwise(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from sj_robust.proofs.bounds import (
     unknown,
 )
 from sj_robust.proofs.moves import Events
+from sj_robust.proofs.program import Program
 from sj_robust.proofs.rounding import NoBoundsError
 from sj_robust.proofs.rules import Bounds
 from sj_robust.proofs.spiking import Interval
@@ -85,6 +86,10 @@ class Maps:
             return self._programs.structure(self.frame.unsqueeze(0), framed=framed)
         except NoBoundsError as error:
             raise unknown(error, self._model) from error
+
+    def program(self) -> Program:
+        """The program of two images."""
+        return self._programs.of(torch.stack([self.frame, self.frame]))
 
     def adjoint(self, call: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
         """Weights on a call's current (native layout, -1 for the logits) as weights on earlier

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +41,7 @@ from sj_robust.neuron.charging import Neuron, NeuronKey, is_neuron, stated
 from sj_robust.proofs._scipy import scipy_module
 from sj_robust.proofs.batches import METHODS, BatchProofs, BoundedLayer, Method
 from sj_robust.proofs.bounds import bounded_neurons
+from sj_robust.proofs.certificates import Proof
 from sj_robust.proofs.changes import Flips
 from sj_robust.proofs.moves import Events, MovedEvents
 from sj_robust.proofs.soundness import UnprovableError
@@ -70,6 +72,7 @@ class Verification(Shown):
         stepwise: Layers whose joint bounds are those of single steps, with the reason.
         apart: For L0 and moves, layers whose bounds give single values or steps their own budgets,
             with the reason.
+        proof: What :meth:`save_certificate` writes.
     """
 
     threat: ThreatModel
@@ -80,6 +83,7 @@ class Verification(Shown):
     broken: tuple[bool, ...]
     stepwise: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    proof: Proof | None = field(default=None, repr=False, compare=False)
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -138,6 +142,27 @@ class Verification(Shown):
             notes.append(f"Not bounded by one budget for all changes: {', '.join(self.apart)}.")
         found = markdown_table(heads, rows, words=3)
         return "\n\n".join([f"{self.verdict}.", found, *notes])
+
+    def save_certificate(self, path: str | Path) -> str:
+        """Save what somebody else needs to check the proofs of the verified images, with
+        ``recipes/check_certificate.py`` and without this package. 保存可独立检验的证书。
+
+        It holds the recorded operations with their weights, the verified images, their labels and
+        the radius, and no bounds: these are computed anew.
+
+        Args:
+            path: File to write, an archive of numpy (``.npz``) without pickled objects.
+
+        Returns:
+            SHA-256 of the network, by which whoever checks the file knows that it is this one.
+
+        Raises:
+            NotImplementedError: For the method "mip", for events, and for a network with another
+                operation than those of a certificate; it is named.
+        """
+        if self.proof is None:
+            raise NotImplementedError("no certificates are known for results that were loaded")
+        return self.proof.save(path, torch.tensor(self.verified))
 
     def plot(self) -> "Figure":
         """The margin of every image, and the share of undecided spikes. 绘制验证结果。
@@ -314,6 +339,13 @@ def verify(
         broken=tuple(proofs.broken),
         stepwise=proofs.stepwise,
         apart=proofs.apart,
+        proof=Proof(
+            method=method,
+            program=proofs.program(),
+            eps=threat.eps if threat.norm == "Linf" else None,
+            x=x.detach().cpu().clone(),
+            y=y.detach().cpu().clone(),
+        ),
     )
 
 

@@ -59,6 +59,16 @@ def gate(x):
     return torch.where(a >= b, a, b) * a.sigmoid()
 
 
+def beside_what_is_rounded(x):
+    """Its second part is exact to what float32 keeps of 300."""
+    a, b = halves(x)
+    return a + ((b + 300.0) - 300.0)
+
+
+def in_two_layouts(x):
+    return folded(torch.relu)(torch.relu(x) - 0.2)
+
+
 def iand(x):
     a, b = halves((x > 0).float())
     return (1.0 - a) * b
@@ -80,6 +90,8 @@ OPERATIONS = {
     "choice": masked,
     "gate": gate,
     "iand": iand,
+    "sum of what is exact and what is rounded": beside_what_is_rounded,
+    "functions of [T, N, *] and [T * N, *]": in_two_layouts,
     "comparison": lambda x: (x[..., :3] <= x[..., 3:]).to(x),
     "layer norm": lambda x: F.layer_norm(x, (6,), *SCALES),
     "layer norm of two dimensions": lambda x: F.layer_norm(x, (4, 6)),
