@@ -115,8 +115,10 @@ import yaml
 from lab.sweeping.perform import LOG_FILE, executor_for, perform_all
 from lab.sweeping.report import Results, write_report
 from lab.sweeping.runs import (
+    Combination,
     PlannedRun,
     Planner,
+    Recipe,
     Trial,
     check_suite_is_run,
     compared,
@@ -251,22 +253,30 @@ def plan(options: Options, folder: Path) -> Plan:
             fixed.setdefault("reference", False)
         if "judged" in recipe.defaults:
             fixed.setdefault("judged", 0)
-        settings = [(values, recipe.read(fixed | values)) for values in grid]
+        settings = settings_of(recipe, fixed, grid)  # checked even while a search is missing
         if len(cell.search) > 1:
-            values = [(values, recipe.read(fixed | values)) for values in cell.search]
-            tried = planner.plan(values, seeds[:1], {}, cell.name)
+            searched = settings_of(recipe, fixed, cell.search)
+            tried = planner.plan(searched, seeds[:1], {}, cell.name)
             trials = compared(cell, tried)
             if not trials:
                 found.searches.extend(tried)
                 continue
             found.trials.extend(trials)
-            best = next(cell.search[at] for at, trial in enumerate(trials) if trial.chosen)
-            settings = [(best | one, recipe.read(fixed | best | one)) for one, _ in settings]
+            pairs = zip(cell.search, trials, strict=True)
+            best = next(values for values, trial in pairs if trial.chosen)
+            settings = settings_of(recipe, fixed, [best | values for values in grid])
         runs = planner.plan(settings, seeds, evaluations, cell.name, grid[0])
         found.runs.extend(runs)
     if options.cells:
         found.runs.sort(key=lambda one: int(one.options["seed"]))  # every cell with the first seed
     return found
+
+
+def settings_of(
+    recipe: Recipe, fixed: Combination, combinations: Iterable[Combination]
+) -> list[tuple[Combination, Any]]:
+    """Each combination with the options that it makes, which are checked."""
+    return [(values, recipe.read(fixed | values)) for values in combinations]
 
 
 def axes_of(options: Options) -> list[str]:

@@ -14,7 +14,7 @@ __all__ = ["FLIPS", "MOVES", "Moves", "Place"]
 
 _MOST = 3  # elements that one move sets
 _CANDIDATES = 12  # neurons out of which one is flipped
-_LARGEST_SIDE = 0.7  # of a patch, as a power of the shorter side of the image
+_LARGEST_EXPONENT = 0.7  # the largest patch has the side min(H, W) ** 0.7
 _ACROSS = 1e-5  # how far beyond a threshold a current is carried
 _PROJECTIONS = 3
 
@@ -68,13 +68,18 @@ class Moves:
 
     def numbers(self, kind: str) -> int:
         """How many random numbers a move of a kind takes."""
-        if kind == "elements":
-            return 2 * _MOST + 2
-        if kind == "patch":
-            return 5 + 2 * self.shape[0]
-        if kind == "cross":
-            return 4
-        return 2 * _CANDIDATES
+        return sum(self._widths(kind))
+
+    def _widths(self, kind: str) -> list[int]:
+        """How a move of a kind splits them."""
+        channels = self.shape[0]
+        return {
+            "elements": [_MOST, _MOST, 1, 1],
+            "patch": [1, 2, 1, 1, channels, channels],
+            "cross": [1, 2, 1],
+            "flip": [_CANDIDATES, _CANDIDATES],
+            "guided_flip": [_CANDIDATES, _CANDIDATES],
+        }[kind]
 
     def propose(self, kind: str, place: Place, numbers: Tensor) -> Tensor:
         """Images [n, P]; ``numbers`` are uniform in [0, 1), [n, :meth:`numbers`]."""
@@ -82,7 +87,7 @@ class Moves:
 
     def elements(self, place: Place, numbers: Tensor) -> Tensor:
         """One to three elements get new values, every second time the extreme ones."""
-        index, share, many, extreme = torch.split(numbers, [_MOST, _MOST, 1, 1], dim=1)
+        index, share, many, extreme = torch.split(numbers, self._widths("elements"), dim=1)
         count = 1 + _integers(many, _MOST)
         used = torch.arange(_MOST, device=many.device) % count
         index = _integers(index, place.x.shape[1]).gather(1, used)
@@ -94,13 +99,13 @@ class Moves:
 
     def patch(self, place: Place, numbers: Tensor) -> Tensor:
         """A square, mostly of one pixel, gets a value per channel, in all channels or in some."""
-        channels, height, width = self.shape
-        widths = [1, 2, 1, 1, channels, channels]
-        side, corner, every, extreme, share, taken = torch.split(numbers, widths, dim=1)
-        power = side.squeeze(1) ** 3 * _LARGEST_SIDE
+        _, height, width = self.shape
+        parts = torch.split(numbers, self._widths("patch"), dim=1)
+        side, corner, all_channels, extreme, share, channel = parts
+        power = side.squeeze(1) ** 3 * _LARGEST_EXPONENT
         pixels = (min(height, width) ** power).long()
         inside = self._square(pixels, corner)
-        painted = (taken < 0.5) | (every < 0.5)
+        painted = (channel < 0.5) | (all_channels < 0.5)
         mask = (inside & painted[:, :, None, None]).flatten(1)
         per_channel = _rounded(share, extreme)
         share = per_channel.repeat_interleave(height * width, 1).to(place.x.dtype)
@@ -110,7 +115,7 @@ class Moves:
     def cross(self, place: Place, numbers: Tensor) -> Tensor:
         """A square of another image that was found for the sample."""
         _, height, width = self.shape
-        side, corner, which = torch.split(numbers, [1, 2, 1], dim=1)
+        side, corner, which = torch.split(numbers, self._widths("cross"), dim=1)
         longest = max(min(height, width) - 1, 1)
         pixels = 1 + _integers(side.squeeze(1), longest)
         square = self._square(pixels, corner)

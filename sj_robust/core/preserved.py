@@ -90,8 +90,8 @@ class Snapshot:
     Args:
         net: The network; what is not an ``nn.Module`` holds nothing.
         what: What is put back.
-        strict: Whether a change of a parameter, a new number and what is gone count as changes,
-            too, as for a network that has run before.
+        strict: Whether a change of a parameter or state, a new number and what is gone count as
+            changes, too, as for a network that has run before and is reset.
 
     Examples:
         >>> net = nn.BatchNorm1d(2)
@@ -132,12 +132,12 @@ class Snapshot:
             self._values = {name: (value, _copied(value)) for name, value in self._now()}
 
     def _now(self) -> Iterator[tuple[str, object]]:
-        """Tensors and numbers by the names that users know, without states, and without parameters
-        unless it is strict.
+        """Tensors and numbers by the names that users know, without states and parameters unless it
+        is strict.
         """
         for path, module in self._modules.items():
             prefix = f"{path}." if path else ""
-            for name, value in _named(vars(module)):
+            for name, value in _named(vars(module), states=self._strict):
                 if isinstance(value, Tensor):
                     is_free = isinstance(value, nn.Parameter) and not self._strict
                     seen = not is_free and not is_lazy(value)
@@ -147,8 +147,8 @@ class Snapshot:
                     yield prefix + name, value
 
     def changed(self) -> tuple[str, ...]:
-        """Names of tensors and numbers that are not what they were, except for states of
-        SpikingJelly's memory modules.
+        """Names of tensors and numbers that are not what they were; states of SpikingJelly's memory
+        modules only if it is strict.
         """
         unlike = []
         now = dict(self._now())
@@ -515,12 +515,14 @@ def _copied(value: object) -> object:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _named(attributes: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def _named(attributes: Mapping[str, Any], *, states: bool) -> Iterator[tuple[str, object]]:
     """Attributes and what is in their containers, by the name under which a user knows it."""
     for name, value in attributes.items():
         if name in ("_buffers", "_parameters"):
             yield from value.items()
-        elif name != "_memories":
+        elif name == "_memories":
+            yield from value.items() if states else ()
+        else:
             yield from _inside(name, value)
 
 

@@ -198,8 +198,9 @@ def _source(
             return mnist(name, root, download=download)
         case "cifar10" | "cifar100":
             return cifar(name, root, download=download)
-        case _:
+        case "svhn":
             return svhn(root, download=download)
+    raise NotImplementedError(f"no loader for data set {name!r}")
 
 
 def _checked_frames(T: int | None) -> int:

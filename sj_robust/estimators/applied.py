@@ -365,6 +365,8 @@ def _gradient(
     derivative = partial(SHAPES["triangle"], alpha=_sharpness(estimator, name, node))
     if family == "hart":
         return lambda run, first: backward.hart(run, derivative)
+    if family != "hart_mixed":
+        raise NotImplementedError(f"no backward pass of estimator family {family!r}")
     own = partial(derivative_of, node.surrogate_function)
     return lambda run, first: backward.hart_mixed(run, derivative, own)
 

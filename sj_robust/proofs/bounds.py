@@ -447,7 +447,7 @@ class Programs:
         )
 
 
-_SEVERAL = (2, 3)
+_SEVERAL = (2, 3, 1)
 """Samples of batches that tell where samples are, and that their number does not matter."""
 
 

@@ -358,14 +358,20 @@ class Record(TorchFunctionMode):
         memory = _memory(value)
         if memory in self._moving:
             raise self.refusal("a view of values of the input that no recorded operation gave")
-        if memory not in self._known:
-            if self._first is not None:
-                raise self.refusal("a tensor of unknown origin, made where nothing is recorded")
-            self.unknown.append(value)
+        self._check_origin(value)
         if self._live:
             return value
         # torch multiplies otherwise where a factor has a gradient
         return value.detach().clone().requires_grad_(value.requires_grad)
+
+    def _check_origin(self, constant: Tensor) -> None:
+        """Refuse a constant that nothing recorded gave, unless both runs meet it."""
+        if _memory(constant) in self._known:
+            return
+        if self._first is not None:
+            raise self.refusal("a tensor of unknown origin, made where nothing is recorded")
+        self.unknown.append(constant)
+        self._know(constant)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -374,16 +380,21 @@ class Record(TorchFunctionMode):
         name = func.__name__
         with torch._C.DisableTorchFunction():
             tensors = list(_among((args, kwargs), Tensor))
-            moving = any(map(self.moves, tensors))
+            moving = [tensor for tensor in tensors if self.moves(tensor)]
         if not moving:
             with torch._C.DisableTorchFunction():
+                for tensor in tensors:
+                    self._check_origin(tensor)
                 found = func(*args, **kwargs)
                 for tensor in _among(found, Tensor):
                     self._know(tensor)
             return found
         rule = RULES.get(name.strip("_"))
         attribute = func.__self__.__name__ if name == "__get__" else ""
-        if attribute in _SETTINGS or (rule is ASKED and not attribute):
+        is_asked = attribute in _SETTINGS or (rule is ASKED and not attribute)
+        if is_asked and any(tensor is not tensors[0] for tensor in moving):
+            raise self.refusal(f"{name} with a number that depends on the input")
+        if is_asked or (name == "expand_as" and not self.moves(args[0])):
             with self.paused():
                 found = func(*args, **kwargs)
                 for tensor in _among(found, Tensor):
@@ -485,7 +496,8 @@ class Record(TorchFunctionMode):
                     )
                 self._check_states(neuron)
                 found = forward(x, *args, **kwargs)
-            self._add(Operation(neuron, (given,), {}, self._where, shape=found.shape), found)
+                operation = Operation(neuron, (given,), {}, self._where, shape=found.shape)
+            self._add(operation, found)
             self._calls[name] += 1
             self._steps[name] += len(x) if neuron.module.step_mode == "m" else 1
             if isinstance(neuron.module.v, Tensor):
@@ -503,7 +515,8 @@ class Record(TorchFunctionMode):
             with self.paused():
                 given = self.value_of(x)
                 found = forward(x, *args, **kwargs)
-            self._add(Operation(function, (given,), {}, self._where, shape=found.shape), found)
+                operation = Operation(function, (given,), {}, self._where, shape=found.shape)
+            self._add(operation, found)
             return found
 
         return called

@@ -1,5 +1,5 @@
-"""Penalties that do not belong to a published defence, and what is done to weights behind the
-optimizer's step: SNN-RAT's retraction and projections.
+"""Penalties that need no neurons of their own, and what is done to weights after the optimizer's
+step: SNN-RAT's retraction and projections.
 """
 
 import torch

@@ -2,6 +2,7 @@
 a clear refusal.
 """
 
+import gc
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ def compare(net, call, count=4):
 
 
 def compiled(net, **options):
+    gc.collect()  # torch's guards count SpikingJelly's weak references to networks of other tests
     compare(net, torch.compile(net, **options))
     net.eval()
     assert_close(torch.compile(net, **options)(images()), net(images()))

@@ -7,6 +7,7 @@ import copy
 import itertools
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -436,7 +437,7 @@ def late():
     calls = itertools.count()
 
     def forward(net, x):
-        if next(calls) > 6:
+        if next(calls) > 11:
             net.unused.weight.data.add_(1.0)
         return logits(net, x)
 
@@ -580,6 +581,11 @@ LIES = {
     "histogram": lambda x: torch.histc(x, 3)[0],
     "deep copy": lambda x: copy.deepcopy(x).sum(),
     "pickle": lambda x: pickle.loads(pickle.dumps(x)).sum(),
+    "filled": lambda x: torch.full_like(x, x.sum()).sum(),
+    "shape": lambda x: float(len(x.new_zeros(int((x > 0.5).sum())))),
+    "shape by a tensor": lambda x: float(x.new_zeros((x > 0.5).sum()).shape[0]),
+    "thread": lambda x: ThreadPoolExecutor(1).submit(torch.sum, x).result() * 1.0,
+    "another storage": lambda x: torch.from_dlpack(x.contiguous().detach()).amax() * 1.0,
     "gradient": lambda x: torch.autograd.functional.vjp(torch.sum, x)[0],
 }
 """Ways to carry values of the input past what is recorded, under ``try``."""
@@ -597,7 +603,19 @@ def asks_for_gradients(net, x):
     return found if torch.is_grad_enabled() else found + net.branch(x)
 
 
+def asks_for_the_batch(net, x):
+    found = logits(net, x)
+    return found if x.shape[1] > 1 else found + net.branch(x)
+
+
+def reads_old_potentials(net, x):
+    net.node.store_v_seq = True
+    return logits(net, x) + (net.node.v_seq.amax(0) > 0.5).to(x.dtype)
+
+
 LEAKY = {
+    "asks for the batch": (asks_for_the_batch, "treats them differently"),
+    "reads old potentials": (reads_old_potentials, "unknown origin"),
     "asks for a mode": (asks_for_a_mode, "something else in a plain call"),
     "asks for gradients": (asks_for_gradients, "where gradients are on"),
 }
@@ -865,7 +883,9 @@ def test_joined_constants_have_no_radius(dtype, method):
     shift = 0.2 * float(places.sum())
     middle = 1.2 - float(x[0] @ SIGNS)
     model = formula(
-        lambda net, x: net.node(net.fc(torch.cat([x, places.expand(*x.shape[:-1], 4)], -1))),
+        lambda net, x: net.node(
+            net.fc(torch.cat([x, places.expand_as(x[..., :1].expand(*x.shape[:-1], 4))], -1))
+        ),
         fc=linear(weight.tolist(), [middle - shift, -middle - shift]),
         node=fires(0.2),
     )

@@ -25,7 +25,7 @@ from proofs.networks import (
     small,
     spikes_at_the_end,
 )
-from spikingjelly.activation_based import layer, neuron
+from spikingjelly.activation_based import base, layer, neuron
 from torch import nn
 from torch.testing import assert_close
 from unchanged import unchanged
@@ -323,17 +323,22 @@ def test_an_error_of_a_rule_is_found_at_the_images(build, monkeypatch):
         verify(model, x, y, 0.001)
 
 
-class Counts(nn.Module):
+class Counts(base.MemoryModule):
     """Turns its sign from the twelfth forward on, which a value that it holds counts."""
 
     def __init__(self, kind):
         super().__init__()
-        if kind == "buffer":
+        if kind == "memory":
+            self.register_memory("count", 0)
+        elif kind == "buffer":
             self.register_buffer("count", torch.zeros(()))
         elif kind == "parameter":
             self.count = nn.Parameter(torch.zeros(()), requires_grad=False)
         else:
             self.count = torch.zeros(()) if kind == "tensor" else 0
+
+    def reset(self):
+        """Forgets to reset."""
 
     def forward(self, x):
         self.count += 1
@@ -349,7 +354,7 @@ def counting(kind):
 CHANGES = r"must not change during a forward pass in evaluation mode, but one changes net\.3\.count"
 
 
-@pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number"])
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "tensor", "number", "memory"])
 def test_a_network_whose_forward_changes_what_it_holds_is_refused(kind):
     x = torch.rand(2, 4)
     for method in METHODS:

@@ -1,5 +1,6 @@
 """Every preset loads with the recipe's own parser and builds its network, loss, attack and plan."""
 
+import shlex
 from dataclasses import asdict, replace
 from itertools import product
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import sweep
 import torch
 import yaml
 from covering import mostly_slow
-from lab.command_line import from_values, plain
+from lab.command_line import from_values, plain, read_options
 from lab.sweeping.report import papers
 from lab.sweeping.runs import load_recipe
 from launch import ROOT
@@ -29,9 +30,10 @@ TABLES = list(product(("cifar10", "cifar100"), ("vgg11", "wrn16_4")))
 DEFENCES = sorted((CONFIGS / "defences").glob("*.yaml"))
 OTHERS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml"))]
 PRESETS = [*OTHERS, *DEFENCES, *CELLS]
+TWINS = RECIPES / "studies" / "twins.yaml"
 SWEEPS = [
     *sorted((CONFIGS / "sweeps").glob("*.yaml")),
-    *sorted((RECIPES / "studies").glob("*.yaml")),
+    *sorted(set((RECIPES / "studies").glob("*.yaml")) - {TWINS}),
 ]
 SHAPES = {"digits": ((1, 8, 8), 10)} | dict.fromkeys(("mnist", "fashion_mnist"), ((1, 28, 28), 10))
 SHAPES |= {"saccade:mnist": ((2, 34, 34), 10)}
@@ -238,6 +240,18 @@ def test_a_sweep_is_made_of_the_presets(path, tmp_path):
         assert len({str([run[name] for name in shared]) for run in runs}) == 1
         others = [one for one in (*plan.runs, *plan.searches) if one.cell != "undefended"]
         assert {one.options["select"] for one in others} == {"pgd"}
+
+
+@pytest.mark.parametrize(
+    ("data", "training"),
+    [(data, name) for data, study in options_in(TWINS).items() for name in study["trainings"]],
+)
+def test_a_training_of_the_study_of_twins_is_a_command(data, training, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = options_in(TWINS)[data]
+    options = read_options(adv_train.Options, shlex.split(study["trainings"][training]))
+    assert options.dataset == data.removesuffix("_vgg5")
+    assert (options.mode == "twin_at") == (training == "twin")
 
 
 def test_cifar_10_takes_what_the_search_on_fashion_mnist_may_choose():

@@ -163,8 +163,7 @@ def caption(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Heads and lines of one race; a row without a figure has its reason."""
     lines = [_cells(row, rows) for row in rows]
-    heads = ["best" if head.endswith("this, best") else head for head in lines[0]]
-    return heads, [list(cells.values()) for cells in lines]
+    return list(lines[0]), [list(cells.values()) for cells in lines]
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
@@ -176,7 +175,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         "quartiles": f"{row.quartile1:.1f} - {row.quartile3:.1f}",
         "best": _number(row.best, 1),
         f"{benchmark.peer} / this, median": _number(peer.median / row.median, 2),
-        f"{benchmark.peer} / this, best": _number(peer.best / row.best, 2),
+        "ratio, best": _number(peer.best / row.best, 2),
     }
     if benchmark.passes > 0:
         median = 100 * floor(row) / row.median

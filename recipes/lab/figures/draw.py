@@ -327,9 +327,9 @@ def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: s
         found = [data.associations[direction][layer][name][measure] for layer in data.layers]
         shift = 0.7 * ((index + 0.5) / len(_LOOKS) - 0.5) if few else 0.0
         kept = [
-            (place + shift, *ends)
-            for place, ends in enumerate(map(astuple, found))
-            if None not in ends
+            (place + shift, *value_and_ends)
+            for place, value_and_ends in enumerate(map(astuple, found))
+            if None not in value_and_ends
         ]
         if not kept:
             continue

@@ -425,12 +425,7 @@ def plot_effect(
             for mode, panel in zip(modes, row, strict=True):
                 own = {key: cells for key, cells in lines.items() if key[0] in (mode, None)}
                 for number, ((_, label), cells) in enumerate(own.items()):
-                    points: dict[int, Statistic] = {}
-                    for cell in cells:
-                        at = [value_text(cell.values[option])] if option in cell.values else values
-                        if found := cell.statistic(column):
-                            points |= {values.index(value): found for value in at}
-                    points = dict(sorted(points.items()))
+                    points = _points(cells, column, option, values)
                     panel.errorbar(
                         [place + 0.04 * number for place in points],  # bars apart
                         [100 * found.mean for found in points.values()],
@@ -447,6 +442,23 @@ def plot_effect(
         legend(figure, panels.flat, loc="outside lower center", ncols=_LABELS_IN_A_LINE)
         pdf, png = save(figure, path.parent, path.name)
     return png, pdf
+
+
+def _points(
+    cells: Iterable[Cell], column: str, option: str, values: Sequence[str]
+) -> dict[int, Statistic]:
+    """Statistics by their place on the axis of values; a cell without the option is level."""
+    points: dict[int, Statistic] = {}
+    for cell in cells:
+        found = cell.statistic(column)
+        if found is None:
+            continue
+        places: Iterable[int] = range(len(values))
+        if option in cell.values:
+            places = [values.index(value_text(cell.values[option]))]
+        for place in places:
+            points[place] = found
+    return dict(sorted(points.items()))
 
 
 def _lines(cells: Sequence[Cell], option: str) -> dict[tuple[str | None, str], list[Cell]]:

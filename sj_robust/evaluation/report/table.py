@@ -1,4 +1,4 @@
-"""The figures of a report as a Markdown table; a new column goes here."""
+"""The figures of a report as a Markdown table."""
 
 from collections.abc import Sequence
 
