@@ -17,7 +17,7 @@ Examples:
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from lab.command_line import (
     DatasetName,
@@ -217,11 +217,8 @@ import yaml
 from lab.evaluating import bracket_of_the_vote, read_once, two_reports
 from lab.leaderboard.submission import check_report, checklist, take
 from lab.leaderboard.tables import elsewhere, make_leaderboard
-from lab.processes import first_process_first, make_accelerator
-from lab.run_folder import open_run_folder, removed_if_unused
 from rich.console import Console
 
-from sj_robust import training
 from sj_robust.attacks import ThreatModel
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.console import working
@@ -238,6 +235,9 @@ from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.suites import check_radius, check_rounds, check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
+
+if TYPE_CHECKING:
+    from sj_robust.training import Journal
 
 
 def main(arguments: list[str]) -> None:
@@ -323,6 +323,11 @@ class Settled:
 
 def evaluate_network(options: Options, arguments: list[str]) -> None:
     """Measure a network on the test images, and save and show the report."""
+    from lab.processes import first_process_first, make_accelerator
+    from lab.run_folder import open_run_folder, removed_if_unused
+
+    from sj_robust.training import Journal  # these import what a leaderboard does not wait for
+
     accelerator = make_accelerator(options.device)
     with checked():
         subject = load_subject(options)
@@ -355,7 +360,7 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
     )
     if accelerator.is_main_process:
         describe_folder(folder, "evaluate", arguments)
-    journal = training.Journal(folder if accelerator.is_main_process else None)
+    journal = Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
     if names := unused(options, complete):
         journal.say(f"ignored with the other options given: {', '.join(names)}")
@@ -438,7 +443,7 @@ def save_report(
     subject: Subject,
     data: Data,
     folder: Path,
-    journal: training.Journal,
+    journal: "Journal",
     class_names: tuple[str, ...],
 ) -> None:
     """Write and show what the evaluation came to."""

@@ -541,25 +541,27 @@ def run_recipe(
     what to do then), and 128 plus its number after another signal that left a checkpoint. What the
     terminal has no character for is shown as a question mark.
     """
-    from sj_robust.core.host import (
-        quiet_triton,  # these import torch, which --help does not wait for
-    )
-    from sj_robust.training import NonFiniteLossError, TrainingInterrupted
+    from sj_robust.core.host import quiet_triton  # imports torch, which --help does not wait for
 
     quiet_triton()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
-    except TrainingInterrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(128 + interruption.signal_number)
     except KeyboardInterrupt:
         print(f"stopped; what is finished is kept, {stopped}", file=sys.stderr)
         sys.exit(130)
     except WrongUse as error:
         _refuse(error)
-    except (OSError, ValueError, ModuleNotFoundError, NonFiniteLossError) as error:
+    except Exception as error:
+        # what imports the training is not waited for where none runs
+        from sj_robust.training import NonFiniteLossError, TrainingInterrupted
+
+        if isinstance(error, TrainingInterrupted):
+            print(error, file=sys.stderr)
+            sys.exit(128 + error.signal_number)
+        if not isinstance(error, OSError | ValueError | ModuleNotFoundError | NonFiniteLossError):
+            raise
         full = isinstance(error, OSError) and error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,

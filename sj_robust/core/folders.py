@@ -2,13 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["check_folder", "check_names", "locked", "read_text"]
+__all__ = ["check_file", "check_folder", "check_names", "locked", "read_text"]
 
 _LONGEST = 255
 """Bytes of a name in a file system."""
@@ -57,6 +57,26 @@ def check_folder(name: str, folder: str | Path | None) -> Path | None:
             f"{name} must be a folder that can be written, got {path} ({error.strerror}); give "
             "another path"
         ) from error
+
+
+def check_file(path: str | Path, endings: Collection[str], remedy: str) -> Path:
+    """A file to be written, in the format of its ending; else ValueError. 检查输出文件名。
+
+    Args:
+        path: The file.
+        endings: The endings that it may have, such as ``".json"``.
+        remedy: What to do for another one.
+
+    Examples:
+        >>> check_file("report.pdf", [".json"], "figures are written by plot(path=...)")
+        Traceback (most recent call last):
+            ...
+        ValueError: path must end in .json, got 'report.pdf'; figures are written by plot(path=...)
+    """
+    if Path(path).suffix.lower() not in endings:
+        raise ValueError(f"path must end in {', '.join(endings)}, got {str(path)!r}; {remedy}")
+    check_names("path", Path(path))
+    return Path(path)
 
 
 def check_names(name: str, path: Path) -> None:

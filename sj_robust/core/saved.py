@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, ClassVar, Self
 
 import torch
 
+from sj_robust.core.folders import check_file
+
 __all__ = [
     "SavedResult",
     "csv_text",
@@ -26,6 +28,11 @@ __all__ = [
     "whole_file",
     "write_whole",
 ]
+
+_KEPT = 60
+"""Letters of a file's name, of up to 4 bytes each, that its temporary name has too; a file system
+takes 255 bytes.
+"""
 
 
 class SavedResult:
@@ -96,11 +103,10 @@ class SavedResult:
         """Write the result as JSON; the file is whole or not there.
 
         Raises:
-            ValueError: If the path does not end in ``.json``.
+            ValueError: If the path does not end in ``.json``, or its name is too long.
         """
-        if Path(path).suffix.lower() != ".json":
-            raise ValueError(f"path must end in .json, got {str(path)!r}; {self._what} is JSON")
-        write_whole(Path(path), self.to_json() + "\n")
+        file = check_file(path, [".json"], f"{self._what} is JSON")
+        write_whole(file, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -198,7 +204,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise FileNotFoundError(
             f"{path.parent} is no folder that exists; make it, then write {path.name}"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:_KEPT]}.{os.getpid()}.tmp")
     try:
         with naming(path), temporary.open("wb") as file:
             yield file

@@ -253,6 +253,18 @@ class Evaluation:
         for variant in self.variants:
             self._check_proofs(variant)
 
+    @property
+    def eps(self) -> str:
+        """Radius as a string, such as ``"8/255"``; in L0 the number of changed elements, such as
+        ``"20"``; empty without a threat.
+        """
+        return "" if self.threat is None else eps_text(self.threat.eps)
+
+    @property
+    def architecture(self) -> str:
+        """Architecture of the network."""
+        return str(self.network.get("architecture", "unknown"))
+
     # Images, by what they withstand
 
     @property

@@ -110,7 +110,7 @@ def _weighted(
         x,
         lambda z: func(z, weight, None, *args, **kwargs),
         lambda z: func(z, magnitude(), None, *args, **kwargs),
-        terms=weight[0].numel() + 2,
+        terms=(weight[0].numel() if weight.ndim > 1 else weight.numel()) + 2,
         shift=shift,
         changes=_weighted_changes(func, x, weight, args, kwargs),
     )
@@ -270,12 +270,11 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     name = func.__name__
     if name.startswith("avg_pool"):
         size = args[0] if args else kwargs.get("kernel_size", 1)
-        each_side = size
-        if not isinstance(size, tuple | list):
-            each_side = [int(size)] * (x.ndim - 2)
-        terms = math.prod(each_side)
+        each_side = size if isinstance(size, tuple | list) else [size]
+        spatial = _spatial(name)
+        terms = math.prod(each_side) ** (spatial // len(each_side))
     elif name.startswith("adaptive_avg_pool"):
-        terms = math.prod(x.shape[2:])
+        terms = math.prod(x.shape[-_spatial(name) :])
     else:
         results = apply(x.radius).numel()
         terms = x.centre.numel() // max(1, results)
@@ -285,6 +284,11 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     is_negative = divisor is not None and divisor < 0
     absolute = (lambda z: -apply(z)) if is_negative else apply
     return _affine(x, apply, absolute, terms=terms + 2)
+
+
+def _spatial(name: str) -> int:
+    """Spatial dimensions of a pooling, as in ``avg_pool2d``, whose input may have no channels."""
+    return int(name[-2])
 
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:

@@ -25,7 +25,7 @@ from sj_robust.attacks import (
     random_moves,
 )
 from sj_robust.evaluation import Member, make_suite
-from sj_robust.evaluation.run.member import craft
+from sj_robust.evaluation.run.member import crafted
 
 T = 6
 OUTSIDE = float("inf")
@@ -430,21 +430,21 @@ class TestThreat:
     later = x.roll(2, dims=1)
 
     def test_a_member_that_leaves_it_is_refused(self):
-        def crafted(attack, **limits):
+        def made(attack, **limits):
             member = Member("mine", attack, threat=ThreatModel("moves", 1, **limits))
-            return craft(
+            return crafted(
                 nn.Flatten(), self.x, self.x[:, 0, 0, 0, 0].long(), member, seeds=SampleSeeds([0])
-            )
+            ).x_adv
 
-        found = crafted(lambda model, x, y, *, generator: x.roll(2, dims=1))
+        found = made(lambda model, x, y, *, generator: x.roll(2, dims=1))
         assert torch.equal(found, self.later)
         with pytest.raises(
             ValueError,
             match=r"move at most 1 events .*largest shift 1.* got inf .*shift is too large",
         ):
-            crafted(lambda model, x, y, *, generator: x.roll(2, dims=1), largest_shift=1)
+            made(lambda model, x, y, *, generator: x.roll(2, dims=1), largest_shift=1)
         with pytest.raises(ValueError, match=r"must leave event frames binary"):
-            crafted(lambda model, x, y, *, generator: x / 2)
+            made(lambda model, x, y, *, generator: x / 2)
 
     def test_the_suite_moves_with_its_control(self):
         threat = ThreatModel("moves", 9, largest_shift=2)

@@ -27,7 +27,7 @@ from sj_robust.evaluation import (
     worst_case,
 )
 from sj_robust.evaluation.intervals import paired_difference_interval, wilson_interval
-from sj_robust.evaluation.run.member import craft, fools
+from sj_robust.evaluation.run.member import crafted
 from sj_robust.evaluation.run.suites import Suite
 from sj_robust.proofs import smooth
 
@@ -42,10 +42,10 @@ NEAR = replace(L2, eps=0.59)
 """In which no image is that was moved by 0.1 everywhere."""
 
 
-def crafted(change, threat=LINF):
+def returned(change, threat=LINF):
     """An attack that returns the images changed."""
     attack = Member("bad", lambda model, x, y, *, generator: change(x), threat=threat)
-    return craft(LINEAR, X, Y, attack, seeds=SEEDS)
+    return crafted(LINEAR, X, Y, attack, seeds=SEEDS).x_adv
 
 
 def bracket(**changes):
@@ -57,8 +57,7 @@ def bracket(**changes):
 
 _suite = partial(make_suite, "fast", LINF, classes=10)
 _suite_of = partial(make_suite, threat=LINF, classes=10)
-_craft = partial(craft, LINEAR, X, Y, PGD)
-_fools = partial(fools, LINEAR, X, Y, seeds=SEEDS)
+_worst_case = partial(worst_case, model=LINEAR, x=X, y=Y, members=[PGD])
 _diagnose = partial(diagnose, LINEAR, X, Y, threat=LINF, seed=0)
 _member = partial(replace, PGD)
 _search = partial(search_estimators, LINEAR, X, threat=LINF, seeds=SEEDS)
@@ -68,30 +67,28 @@ MISUSE = [
     *rows(_member, {"attack": 3}, {"seed": True}, {"takes_starts": 1}, error=TypeError),
     *rows(_member, {"threat": ("Linf", 0.1)}, error=TypeError),
     # what an attack returns
-    Misuse(crafted, {"change": lambda x: x + 0.5}, name="bad"),
-    Misuse(crafted, {"change": lambda x: x * float("nan")}, name="finite"),
-    Misuse(crafted, {"change": lambda x: x[:-1]}, name="shape"),
-    Misuse(crafted, {"change": lambda x: x.double()}, TypeError, "float64"),
-    Misuse(crafted, {"change": lambda x: (x, 0)}, TypeError, "tuple"),
-    Misuse(crafted, {"change": lambda x: (x + 0.101).clamp(0, 1)}, name="Linf"),
+    Misuse(returned, {"change": lambda x: x + 0.5}, name="bad"),
+    Misuse(returned, {"change": lambda x: x * float("nan")}, name="finite"),
+    Misuse(returned, {"change": lambda x: x[:-1]}, name="shape"),
+    Misuse(returned, {"change": lambda x: x.double()}, TypeError, "float64"),
+    Misuse(returned, {"change": lambda x: (x, 0)}, TypeError, "tuple"),
+    Misuse(returned, {"change": lambda x: (x + 0.101).clamp(0, 1)}, name="Linf"),
     Misuse(
-        crafted,
+        returned,
         {"change": lambda x: torch.where(x < 0.5, x + 0.1, x - 0.1), "threat": NEAR},
         ValueError,
         "L2",
     ),
-    # crafting, judging, the worst case
-    *rows(_craft, {"seeds": SampleSeeds(range(2))}),
-    *rows(_craft, {"seeds": torch.Generator()}, error=TypeError),
+    # the worst case
+    *rows(_worst_case, {"seeds": SampleSeeds(range(2))}, {"draws": 0}),
+    *rows(_worst_case, {"members": [PGD] * 2}),
+    Misuse(_worst_case, {"model": lambda x: LINEAR(x) / 0}, name="logits"),
     Misuse(
-        partial(craft, LINEAR.forward, X, Y, seeds=SEEDS),
-        {"member": replace(PGD, estimator="atan:4")},
+        _worst_case,
+        {"model": LINEAR.forward, "members": [replace(PGD, estimator="atan:4")]},
         TypeError,
         "estimator",
     ),
-    *rows(_fools, {"draws": 0}),
-    Misuse(lambda: fools(lambda x: LINEAR(x) / 0, X, Y, seeds=SEEDS), {}, name="logits"),
-    *rows(partial(worst_case, LINEAR, X, Y), {"members": [PGD] * 2}),
     Misuse(outcome_of, {"suite": own_members()[:1] * 2}, name="members"),
     Misuse(outcome_of, {"suite": [Member("clean", partial(fgsm, eps=0.1))]}, name="members"),
     Misuse(

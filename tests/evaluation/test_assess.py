@@ -73,9 +73,11 @@ def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of
     assert not report.warnings
 
 
-def test_without_checks_there_are_the_attacks_alone():
-    checked, _ = assessed(ThreatModel("Linf", 0.1))
-    report, said = assessed(ThreatModel("Linf", 0.1), checks=False)
+@pytest.mark.parametrize("images", [1, 3])
+def test_without_checks_there_are_the_attacks_alone(images):
+    checked, _ = assessed(ThreatModel("Linf", 0.1), sizes=(images,))
+    assert checked.findings
+    report, said = assessed(ThreatModel("Linf", 0.1), sizes=(images,), checks=False)
     assert report.outcome == checked.outcome
     assert report.over_eps == ()
     assert report.findings == ()

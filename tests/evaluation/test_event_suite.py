@@ -15,7 +15,7 @@ from sj_robust.attacks.logits import margin
 from sj_robust.evaluation import Member, Report, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.request import Request
-from sj_robust.evaluation.run.member import craft
+from sj_robust.evaluation.run.member import crafted
 from sj_robust.evaluation.subject import Subject
 
 TEN = ThreatModel("L0", 10)
@@ -60,7 +60,7 @@ class TestBall:
             return x
 
         member = Member("mine", attack, threat=ThreatModel("L0", most))
-        return craft(nn.Flatten(), self.x, self.y, member, seeds=self.seeds)
+        return crafted(nn.Flatten(), self.x, self.y, member, seeds=self.seeds).x_adv
 
     def test_exactly_as_many_as_allowed(self):
         other = 1 - self.x[1].flatten()[:5]
@@ -183,15 +183,13 @@ class TestReport:
 
     def test_transfer_does_not_end_at_the_border_of_the_source(self, bars):
         suite = make_suite("events", TEN, classes=4, surrogate_model=bars.model)
-        crafted = suite.members[1]
-        assert crafted.name == "transfer/flips"
-        few = replace(
-            crafted,
-            attack=replace(crafted.attack, attack=partial(crafted.attack.attack, queries=5)),
-        )
+        there = suite.members[1]
+        assert there.name == "transfer/flips"
+        shorter = partial(there.attack.attack, queries=5)
+        few = replace(there, attack=replace(there.attack, attack=shorter))
         x, y = bars.x[:8], bars.y[:8].clone()
         y[:4] = (y[:4] + 1) % 4  # the source is wrong already
-        x_adv = craft(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8)))
+        x_adv = crafted(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8))).x_adv
         plain = flip_events(bars.model, x, y, eps=10, reduce=False, generator=SampleSeeds(range(8)))
         assert bool((margin(bars.model(x_adv), y) < margin(bars.model(x), y)).all())
         fooled = bars.model(plain).argmax(1) != y

@@ -78,8 +78,9 @@ def test_a_csv_gives_every_number_back_as_it_was(one, tmp_path):
     [("json", "{"), ("html", "<!DOCTYPE html>"), ("CSV", "network,"), ("tex", "\\begin{table}")],
 )
 def test_a_report_is_saved_as_its_file_is_called(ending, begins, tmp_path):
-    of_a_suite().save(str(tmp_path / f"report.{ending}"))
-    assert (tmp_path / f"report.{ending}").read_text().startswith(begins)
+    name = f"{'é' * 120}.{ending}"  # of 245 bytes at most
+    of_a_suite().save(str(tmp_path / name))
+    assert (tmp_path / name).read_text().startswith(begins)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,26 @@ def test_a_report_is_saved_as_its_file_is_called(ending, begins, tmp_path):
         ("report.txt", ValueError, "path"),
         ("report", ValueError, "path"),
         ("missing/report.json", FileNotFoundError, "missing is no folder"),
+        (f"{'n' * 300}.json", ValueError, "255 bytes"),
     ],
 )
 def test_a_report_is_saved_under_known_endings_in_folders_that_exist(name, error, said, tmp_path):
     for result in (of_a_suite(), Margin(0.5)):
         with pytest.raises(error, match=said):
             result.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("writes", "ending"), [("page", ".html"), ("to_csv", ".csv"), ("to_latex", ".tex")]
+)
+@pytest.mark.parametrize("name", ["report.pdf", "report.json", f"{'n' * 300}{{ending}}"])
+def test_a_file_of_another_format_or_too_long_a_name_is_refused_at_once(
+    writes, ending, name, tmp_path
+):
+    empty = Report.__new__(Report)  # of which nothing can be made
+    with pytest.raises(ValueError, match="path"):
+        getattr(empty, writes)(tmp_path / name.format(ending=ending))
     assert list(tmp_path.iterdir()) == []
 
 

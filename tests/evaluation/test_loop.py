@@ -14,7 +14,7 @@ from sj_robust.evaluation import Member, worst_case
 from sj_robust.evaluation.run import loop
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.loop import Asked
-from sj_robust.evaluation.run.member import craft
+from sj_robust.evaluation.run.member import crafted
 from sj_robust.evaluation.run.progress import Progress, TimeLeft, computed_once
 from sj_robust.models import NetworkSpec, build_classifier
 
@@ -47,7 +47,7 @@ def test_members_and_groups_by_hand(margins):
         "alone": ((0, 1, 2, 3), (0, 1), ()),
         "control": ((0, 1, 2, 3), (0,), ()),
     }
-    alone = craft(model, x, y, members[3], seeds=SampleSeeds(range(5)).derived("image", 0))
+    alone = crafted(model, x, y, members[3], seeds=SampleSeeds(range(5)).derived("image", 0)).x_adv
     assert outcome.rows[4].digests == "".join(fingerprint(image)[:8] for image in alone[:2])
     assert outcome.rows[0].digests == ""
     largest = [round(row.largest, 6) for row in outcome.rows[1:]]

@@ -13,7 +13,7 @@ from sj_robust.attacks import ThreatModel, gaussian, pgd, spike_search
 from sj_robust.core.randomness import SampleSeeds
 from sj_robust.evaluation import Member
 from sj_robust.evaluation.run import loop
-from sj_robust.evaluation.run.member import craft
+from sj_robust.evaluation.run.member import crafted
 
 
 class StopError(Exception):
@@ -60,7 +60,7 @@ def test_a_search_over_spikes_that_nothing_precedes_finds_starts_of_its_own():
         threat=THREAT,
         takes_starts=True,
     )
-    alone = craft(model, x, y, first, seeds=SampleSeeds(range(len(y))))
+    alone = crafted(model, x, y, first, seeds=SampleSeeds(range(len(y)))).x_adv
     assert (alone != x).any()
 
 
@@ -77,9 +77,9 @@ def test_it_gets_what_its_group_made_within_its_threat_and_clean_images_where_no
     for images, member in ((weak, members(Seen())[2]), (near, members(Seen())[4])):
         met = list(rows[member.name].seen)
         made = x.clone()
-        made[met] = craft(
+        made[met] = crafted(
             suite_run.classifier(), x[met], y[met], member, seeds=seeds.rows(torch.tensor(met))
-        )
+        ).x_adv
         assert torch.equal(images, made[left])
     assert 0 < len(left) < 20
 
@@ -148,5 +148,5 @@ def test_outside_an_evaluation_it_begins_from_what_it_is_given():
     seeds = SampleSeeds(range(3))
     given = (x + EPS / 2).clamp(0, 1)[None]
     model = suite_run.classifier()
-    assert torch.equal(craft(model, x, y, member, seeds=seeds, starts=given), given[0])
-    assert torch.equal(craft(model, x, y, member, seeds=seeds), x)
+    assert torch.equal(crafted(model, x, y, member, seeds=seeds, starts=given).x_adv, given[0])
+    assert torch.equal(crafted(model, x, y, member, seeds=seeds).x_adv, x)

@@ -16,7 +16,7 @@ from sj_robust.attacks import SampleSeeds, ThreatModel
 from sj_robust.attacks.logits import margin
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.evaluation import make_suite
-from sj_robust.evaluation.run.member import craft
+from sj_robust.evaluation.run.member import crafted
 from sj_robust.models.rates import rate_twin
 from sj_robust.training import convert
 
@@ -26,7 +26,7 @@ SOURCE = nn.Flatten()
 EVERY = ["apgd_ce", "apgd_dlr", "apgd_t"]
 
 
-def crafted(members, prefix):
+def kinds_of(members, prefix):
     names = [member.name for member in members]
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
@@ -51,8 +51,8 @@ def test_members_on_the_stand_in_follow_the_first_and_have_a_control(name, threa
         (suite.members, without.members, "transfer/"),
         (suite.control, without.control, "control/transfer/"),
     ):
-        assert crafted(found, prefix) == kinds
-        assert crafted(found[1 : 1 + len(kinds)], prefix) == kinds
+        assert kinds_of(found, prefix) == kinds
+        assert kinds_of(found[1 : 1 + len(kinds)], prefix) == kinds
         others = [member.name for member in (found[0], *found[1 + len(kinds) :])]
         assert others == [member.name for member in usual]
         assert {member.group for member in found} == {member.group for member in usual}
@@ -80,7 +80,7 @@ def test_transfer_does_not_end_at_the_border_of_the_source(norm, draws):
     for there, own in zip(suite.members[1:4], suite.control[1:4], strict=True):
         moved = []
         for member, model in ((there, nn.Identity()), (own, source)):
-            x_adv = craft(model, x, y, member, seeds=SampleSeeds(range(30)))
+            x_adv = crafted(model, x, y, member, seeds=SampleSeeds(range(30))).x_adv
             moved.append(margin(source(x), y) - margin(source(x_adv), y))
         assert bool((moved[0][wrong] != 0).all())
         assert there.name != "transfer/apgd_ce" or float(moved[0].min()) > 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, pgd
 from sj_robust.evaluation import Member, worst_case
-from sj_robust.evaluation.run.member import craft, fools
+from sj_robust.evaluation.run.member import crafted, fooled
 
 EPS = 0.1
 LINF = ThreatModel("Linf", EPS)
@@ -96,7 +96,7 @@ class TestWorstCase:
             expected = tuple(together.outcome[row] for row in rows.tolist())
             assert part.outcome == expected
             images = [
-                craft(model, x[few], y[few], members[0], seeds=seeds(40).rows(few))
+                crafted(model, x[few], y[few], members[0], seeds=seeds(40).rows(few)).x_adv
                 for few in (rows, torch.arange(40))
             ]
             torch.testing.assert_close(images[0], images[1][rows], rtol=0, atol=1e-12)
@@ -113,10 +113,10 @@ class TestCraft:
         model, x, y = digits
         one = {"attack": {"steps": 1}}
         members = [pgd_member("a", **one), pgd_member("a", seed=1, **one), pgd_member("b", **one)]
-        images = [craft(model, x, y, member, seeds=seeds(40)) for member in members]
+        images = [crafted(model, x, y, member, seeds=seeds(40)).x_adv for member in members]
         assert not torch.equal(images[0], images[1])
         assert not torch.equal(images[0], images[2])
-        expected = craft(model, x, y, members[0], seeds=seeds(40))
+        expected = crafted(model, x, y, members[0], seeds=seeds(40)).x_adv
         assert torch.equal(images[0], expected)
 
     def test_an_attack_in_place_does_not_reach_the_callers_images(self, batch):
@@ -124,7 +124,7 @@ class TestCraft:
         before = x.clone()
 
         in_place = Member("zero", lambda model, x, y, *, generator: x.zero_())
-        assert (craft(LINEAR, x, y, in_place, seeds=seeds(7)) == 0).all()
+        assert (crafted(LINEAR, x, y, in_place, seeds=seeds(7)).x_adv == 0).all()
         assert torch.equal(x, before)
 
 
@@ -140,13 +140,13 @@ class TestFools:
         x = torch.full((4000, 1), 0.7)
         y = torch.zeros(4000, dtype=torch.int64)
         for draws, expected in ((1, 0.3), (2, 0.09), (3, 0.216), (9, 0.0988)):
-            fooled, again, other = (
-                fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000, s)) for s in (0, 0, 1)
+            wrong, again, other = (
+                fooled(self.Coin(), x, y, draws=draws, seeds=seeds(4000, s)) for s in (0, 0, 1)
             )
-            found = float(fooled.double().mean())
+            found = float(wrong.double().mean())
             assert found == pytest.approx(expected, abs=0.03)
-            assert torch.equal(fooled, again)
-            assert not torch.equal(fooled, other)
+            assert torch.equal(wrong, again)
+            assert not torch.equal(wrong, other)
 
     def test_a_lucky_draw_of_the_attack_does_not_count(self):
         x = torch.full((2000, 1), 0.9)
@@ -166,13 +166,13 @@ class TestFools:
             sizes.append(len(x))
             return x
 
-        assert not fools(model, torch.eye(2), torch.arange(2), draws=3, seeds=seeds(2)).any()
+        assert not fooled(model, torch.eye(2), torch.arange(2), draws=3, seeds=seeds(2)).any()
         assert sizes == [2, 2]
 
     def test_agrees_with_argmax_of_the_network_in_evaluation_mode(self, model, batch):
         x, y = batch
-        fooled = fools(model.train(), x, y, draws=2, seeds=seeds(7))
+        wrong = fooled(model.train(), x, y, draws=2, seeds=seeds(7))
         for module in model.modules():
             assert module.training
         expected = model.eval()(x).argmax(1) != y
-        assert torch.equal(fooled, expected)
+        assert torch.equal(wrong, expected)

@@ -101,6 +101,31 @@ def test_an_affine_map_spreads_a_box_by_its_absolute_values(name):
     assert_close(found.radius, expected)
 
 
+IMAGES = torch.rand(3, 1, 8, 8).double()
+ALIKE = {
+    "pooling without channels": (lambda x: F.avg_pool2d(x.squeeze(1), 4).unsqueeze(1), 4),
+    "pooling with one side given": (lambda x: F.avg_pool2d(x, (4,)), 4),
+    "adaptive pooling without channels": (
+        lambda x: F.adaptive_avg_pool2d(x.squeeze(1), 1).unsqueeze(1),
+        8,
+    ),
+    "a vector as weight": (
+        lambda x: F.linear(x.flatten(2), torch.full((64,), 1 / 64)).view(3, 1, 1, 1),
+        8,
+    ),
+}
+"""Averages in other words, and the sides of what they average."""
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_rounding_counts_all_terms_of_an_average(name):
+    function, side = ALIKE[name]
+    given = rules.Bounds(IMAGES, torch.zeros_like(IMAGES))
+    found = on_bounds(function, given, torch.float32)
+    expected = on_bounds(lambda x: F.avg_pool2d(x, side), given, torch.float32)
+    assert_close(found.error, expected.error, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_number_in_float64_is_one_of_float32_beside_values_of_the_network(sign):
     x = torch.full((1,), -sign * 0.1)

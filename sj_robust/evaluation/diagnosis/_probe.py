@@ -58,31 +58,20 @@ class Gradients:
     connected: bool
 
 
+@dataclass(frozen=True, eq=False)
 class Probe:
     """A model and a few images in one threat model; every method is a function of its arguments and
     the seed.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        threat: ThreatModel,
-        seed: int,
-        steps: int,
-        eot_samples: int,
-        plain: Model | None = None,
-    ) -> None:
-        self.model = model
-        self.x = x
-        self.y = y
-        self.threat = threat
-        self.seed = seed
-        self.steps = steps
-        self.eot_samples = eot_samples
-        self.plain = plain
+    model: Model
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+    seed: int
+    steps: int
+    eot_samples: int
+    plain: Model | None = None
 
     @cached_property
     def repeated(self) -> Tensor:
@@ -132,9 +121,14 @@ class Probe:
         return self.right & (2 * wrong > len(draws))
 
     @cached_property
+    def attacked(self) -> Tensor:
+        """Images after the attack with the model's own gradient."""
+        return self.attack()
+
+    @cached_property
     def white_box(self) -> Tensor:
-        """Images that the attack with the model's own gradient fools, [N] bool."""
-        return self.fooled(self.attack())
+        """Images that this attack fools, [N] bool."""
+        return self.fooled(self.attacked)
 
     def changed(self) -> dict[str, Tensor]:
         """Images whose logits, with noise or attacked, change where they should not, [N] bool."""
@@ -142,7 +136,7 @@ class Probe:
         places = ("under an attack", "in an unused copy", "in another order", "alone")
         found = {place: none.clone() for place in places}
         is_random = bool(self.random.any())  # numbers then belong to places in a batch
-        for x in (self.noise(0), self.attack()):
+        for x in (self.noise(0), self.attacked):
             with torch.no_grad():
                 usual = self._repeatable(self.model, x)
                 if self.plain is not None:
@@ -328,7 +322,7 @@ class Probe:
     def _repeatable(self, model: Model, x: Tensor) -> Tensor:
         """Logits with the same random numbers in every call, in the mode for gradients as it is."""
         with seeded_network(model, self._seed("repeatable"), x.device):
-            return logits_of(model, x, self.y[: len(x)])
+            return logits_of(model, x, self.y[:1].expand(len(x)))  # of which one stands for all
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed("attack"))

@@ -100,7 +100,7 @@ class Exported:
     accuracy: float
     low: float
     high: float
-    seconds: float
+    seconds: float = 0.0
 
 
 def exported(report: Evaluation) -> list[Exported]:
@@ -174,8 +174,8 @@ def derived(report: Evaluation) -> dict[str, Any]:
     of_autoattack = report.suite == "autoattack"
     card = {
         "norm": None if report.threat is None else report.threat.norm,
-        "eps": None if report.threat is None else eps_text(report.threat.eps),
-        "architecture": str(report.network.get("architecture", "unknown")),
+        "eps": report.eps or None,
+        "architecture": report.architecture,
         "clean_acc": f"{100 * report.clean.accuracy:.2f}",
         "autoattack_acc": f"{100 * report.worst_case.accuracy:.2f}" if of_autoattack else None,
         "external": f"{100 * report.everything.accuracy:.2f}",
@@ -397,8 +397,10 @@ def _of_levels(report: Evaluation) -> Iterator[Exported]:
         for what in WHATS:
             low, high = one.interval(what)
             threat = None if what == "clean" else report.threat
-            yield _made(
-                report,
+            yield Exported(
+                network=report.name,
+                dataset=report.dataset,
+                suite=report.suite,
                 norm=_norm(threat),
                 eps=_eps(threat),
                 variant="none" if one.kind == "none" else f"{one.kind}:{one.level:g}",
@@ -406,6 +408,7 @@ def _of_levels(report: Evaluation) -> Iterator[Exported]:
                 kind="member",
                 correct=one.mean(what),
                 total=one.images,
+                accuracy=one.mean(what) / one.images,
                 low=low / 100,
                 high=high / 100,
             )
@@ -422,8 +425,10 @@ def _eps(threat: ThreatModel | None) -> str:
 def _row(report: Evaluation, one: Accuracy, *, norm: str, eps: str, variant: str) -> Exported:
     low, high = one.interval
     is_clean = "clean" in (one.kind, one.name)  # which is under no threat
-    return _made(
-        report,
+    return Exported(
+        network=report.name,
+        dataset=report.dataset,
+        suite=report.suite,
         norm="" if is_clean else norm,
         eps="" if is_clean else eps,
         variant=variant,
@@ -431,39 +436,8 @@ def _row(report: Evaluation, one: Accuracy, *, norm: str, eps: str, variant: str
         kind=one.kind,
         correct=one.correct,
         total=one.total,
+        accuracy=one.accuracy,
         low=low,
         high=high,
         seconds=one.seconds,
-    )
-
-
-def _made(
-    report: Evaluation,
-    *,
-    norm: str,
-    eps: str,
-    variant: str,
-    name: str,
-    kind: str,
-    correct: float,
-    total: int,
-    low: float,
-    high: float,
-    seconds: float = 0.0,
-) -> Exported:
-    return Exported(
-        network=report.name,
-        dataset=report.dataset,
-        suite=report.suite,
-        norm=norm,
-        eps=eps,
-        variant=variant,
-        name=name,
-        kind=kind,
-        correct=correct,
-        total=total,
-        accuracy=correct / total,
-        low=low,
-        high=high,
-        seconds=seconds,
     )

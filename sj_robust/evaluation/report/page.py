@@ -110,7 +110,6 @@ def to_html(report: Evaluation, gallery: Gallery | None = None) -> str:
         report=report,
         title=f"{report.name} on {report.dataset}: robustness",
         budget=budget(report.threat),
-        architecture=report.network.get("architecture", "unknown"),
         verdict=verdict(report),
         alarms=alarms(report),
         masked=masked(report),

@@ -33,7 +33,7 @@ from sj_robust.evaluation.result import Evaluation
 from sj_robust.evaluation.run.data import Batches, Data
 from sj_robust.evaluation.run.draws import gradient_draws, settled_draws
 from sj_robust.evaluation.run.estimator_search import short_attack
-from sj_robust.evaluation.run.member import Member, craft, scored
+from sj_robust.evaluation.run.member import Member, crafted, scored
 from sj_robust.perturbation import spike_traces
 from sj_robust.perturbation.traces import Traces
 
@@ -299,7 +299,7 @@ def gallery_within(
     member = Member("gallery", attack, estimator, threat=threat)
     seeds = SampleSeeds(range(len(right))).derived("gallery", seed)
     attacked = x.clone()  # whole, so that every image meets the random numbers that it met before
-    attacked[right] = craft(classifier, x[right], y[right], member, seeds=seeds).to(x)
+    attacked[right] = crafted(classifier, x[right], y[right], member, seeds=seeds).x_adv.to(x)
     seen_adv = _seen(classifier, attacked, y, draws=draws, seed=seed)[right]
     x, x_adv, y, seen = x[right], attacked[right], y[right], seen[right]
     order = (seen_adv != y).float().argsort(descending=True, stable=True)

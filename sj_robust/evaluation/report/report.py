@@ -1,11 +1,13 @@
 """The report: an evaluation with its views, which can be saved and loaded."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from sj_robust.core.eps import eps_text
+from sj_robust.core.folders import check_file
 from sj_robust.core.saved import SavedResult, write_whole
 from sj_robust.core.shown import Shown, shown_html, write_figure
 from sj_robust.core.threat import ThreatModel
@@ -27,6 +29,10 @@ __all__ = ["Report"]
 
 _STEMS = {"stress": "card", "corruptions": "card", "vote": "smoothed"}
 """Names of files, by suite."""
+_REMEDY = (
+    "save(path) writes .json, .html, .csv and .tex as the ending says, figures are written by "
+    "plot(path=...), all that there is by write(folder)"
+)
 _NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(?:,\n\s+[-+.\deE]+)*\n\s*\]")
 """A list of numbers over several lines, some as long as the data set; no text in JSON holds a bare
 line break.
@@ -59,21 +65,9 @@ class Report(
     """
 
     @property
-    def eps(self) -> str:
-        """Radius as a string, such as ``"8/255"``; in L0 the number of changed elements, such as
-        ``"20"``.
-        """
-        return "" if self.threat is None else eps_text(self.threat.eps)
-
-    @property
     def budget(self) -> str:
         """Norm and radius, or the number of changes, as text for readers."""
         return verdict.budget(self.threat)
-
-    @property
-    def architecture(self) -> str:
-        """Architecture of the network."""
-        return str(self.network.get("architecture", "unknown"))
 
     @property
     def verdict(self) -> str:
@@ -156,22 +150,22 @@ class Report(
         """The report as a self-contained HTML page. 自包含的 HTML 报告。
 
         Args:
-            path: File to write to.
+            path: Also write it to this file, which ends in ``.html``.
             gallery: Images under attack to include.
 
         Raises:
-            ValueError: If the report is not of a suite of attacks.
+            ValueError: If the report is not of a suite of attacks, or the file ends otherwise.
         """
         from sj_robust.evaluation.report.page import to_html  # imports jinja2
 
-        return _written(to_html(self, gallery), path)
+        return _written(partial(to_html, self, gallery), path, ".html")
 
     def to_latex(self, path: str | Path | None = None) -> str:
         """The table for a paper, in LaTeX with the package booktabs; special characters are
         escaped. LaTeX 表格。
 
         Args:
-            path: Also write it to this file.
+            path: Also write it to this file, which ends in ``.tex``.
 
         Examples:
             >>> rows = [Row("clean", "clean", (0, 1), ())]
@@ -179,13 +173,13 @@ class Report(
             >>> "clean & 100.0" in report.to_latex()
             True
         """
-        return _written(export.to_latex(self), path)
+        return _written(partial(export.to_latex, self), path, ".tex")
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Every figure as CSV, one per line; numbers are read back exactly. CSV 文本。
 
         Args:
-            path: Also write it to this file.
+            path: Also write it to this file, which ends in ``.csv``.
 
         Examples:
             >>> rows = [Row("clean", "clean", (0, 1), ())]
@@ -195,7 +189,7 @@ class Report(
             ... )
             True
         """
-        return _written(export.to_csv(self), path)
+        return _written(partial(export.to_csv, self), path, ".csv")
 
     def to_dataframe(self) -> "DataFrame":
         """Every figure in a pandas data frame (extra ``pandas``), one per row. pandas 数据表。
@@ -263,19 +257,17 @@ class Report(
         :meth:`load` reads back equal, ``.html`` (:meth:`page`), ``.csv`` or ``.tex``. 保存报告。
 
         Raises:
-            ValueError: If the ending is another one, or there is no page of such a report.
+            ValueError: If the ending is another one, the name is too long for a file system, or
+                there is no page of such a report.
         """
-        writers = {".html": self.page, ".csv": self.to_csv, ".tex": self.to_latex}
-        suffix = Path(path).suffix.lower()
-        if suffix in writers:
-            writers[suffix](path)
-        elif suffix == ".json":
-            super().save(path)
-        else:
-            raise ValueError(
-                f"path must end in .json, {', '.join(writers)}, got {str(path)!r}; figures are "
-                "written by plot(path=...), all that there is by write(folder)"
-            )
+        writers: dict[str, Callable[[str | Path], object]] = {
+            ".json": super().save,
+            ".html": self.page,
+            ".csv": self.to_csv,
+            ".tex": self.to_latex,
+        }
+        file = check_file(path, writers, _REMEDY)
+        writers[file.suffix.lower()](file)
 
     def write(self, folder: str | Path, gallery: "Gallery | None" = None) -> tuple[str, ...]:
         """Write JSON and figures into a folder, and the page of a suite or the table of a stress
@@ -332,10 +324,13 @@ class Report(
         return report
 
 
-def _written(text: str, path: str | Path | None) -> str:
-    """A text, which is written to a file if one is named."""
-    if path is not None:
-        write_whole(Path(path), text)
+def _written(make: Callable[[], str], path: str | Path | None, ending: str) -> str:
+    """A text, which is written to a file of this ending if one is named."""
+    if path is None:
+        return make()
+    file = check_file(path, [ending], _REMEDY)
+    text = make()
+    write_whole(file, text)
     return text
 
 

@@ -13,15 +13,15 @@ from sj_robust.attacks.call import Attack, Model
 from sj_robust.attacks.events import Allow, flip_events, random_flips
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.timing import move_events, random_moves
-from sj_robust.core.checks import check_count
-from sj_robust.core.randomness import SampleSeeds
+from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
+from sj_robust.core.randomness import SampleSeeds, check_seeds
 from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.member import (
     Member,
     check_estimator,
     clock,
     crafted,
-    fools,
+    fooled,
     has_detached_reset,
     scored,
 )
@@ -191,7 +191,12 @@ def search_estimators(
         ('training', True)
     """
     settings = settings or EstimatorSearch()
-    right = ~fools(model, x, y, draws=draws, seeds=seeds, batch_size=batch_size)
+    check_model(model)
+    check_samples(x)
+    check_labels(y, x)
+    check_count("draws", draws)
+    check_seeds(seeds, x)
+    right = ~fooled(model, x, y, draws=draws, seeds=seeds, batch_size=batch_size)
     rows = right.nonzero().flatten()
     rows = rows[: settings.images]
     if len(rows) == 0:

@@ -323,7 +323,7 @@ def run(
     own = range(rank, len(jobs), processes)
     mine = [jobs[number][0] for number in own]
     clock_of_steps = _Steps(mine, len(jobs), watch or Watch())
-    networks = _Networks(model)
+    latest: Variant | None = None  # whose network is the one at hand
     kept: dict[str, Progress] = {}
     parts: dict[int, list[Step] | str] = {}
     with evaluation_mode(model):
@@ -337,7 +337,9 @@ def run(
                 kept[variant.name] = Progress(place, key)
             progress = kept[variant.name]
             try:
-                job = _job(networks.of(variant), data, variant, batch, asked)
+                if variant is not latest:
+                    changed, latest = variant.network(model), variant
+                job = _job(changed, data, variant, batch, asked)
                 if variant.keeps_network:
                     job = replace(job, plain=plain)
                 with progress.batch(batch) as log:
@@ -411,20 +413,6 @@ def releases() -> str:
         "rules": _RULES,
     }
     return ", ".join(f"{name} {release}" for name, release in found.items())
-
-
-class _Networks:
-    """The networks of the variants, one at a time."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._latest: tuple[Variant, nn.Module] | None = None
-
-    def of(self, variant: Variant) -> nn.Module:
-        """The network of a variant."""
-        if self._latest is None or self._latest[0] is not variant:
-            self._latest = variant, variant.network(self._model)
-        return self._latest[1]
 
 
 class _Steps:

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.call import Model, crafting
 from sj_robust.core.checks import (
-    check_count,
-    check_labels,
     check_logits,
-    check_model,
     check_samples,
     check_switch,
     taken_for_checked,
 )
 from sj_robust.core.preserved import evaluation_mode, seeded_network
-from sj_robust.core.randomness import SampleSeeds, check_seeds
+from sj_robust.core.randomness import SampleSeeds
 from sj_robust.core.threat import ThreatModel, per_sample
 
 __all__ = [
@@ -30,10 +27,8 @@ __all__ = [
     "Variant",
     "check_estimator",
     "clock",
-    "craft",
     "crafted",
     "fooled",
-    "fools",
     "has_detached_reset",
     "refused",
     "scored",
@@ -105,48 +100,6 @@ class Member:
         return None if self.threat is None else self.threat.eps
 
 
-def craft(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    member: Member,
-    *,
-    seeds: SampleSeeds,
-    starts: Tensor | None = None,
-) -> Tensor:
-    """Adversarial images of one member, its gradient estimator applied.
-    用指定梯度估计生成对抗样本。
-
-    The network is attacked in evaluation mode; modes, global random state and hooks are as before
-    afterwards.
-
-    Args:
-        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is
-            ``"training"``.
-        x: Images, floating point.
-        y: Labels [N] int64.
-        member: Which attack, estimator and restart.
-        seeds: One seed per sample, from which the member derives its own.
-        starts: What a member with ``takes_starts`` begins from, [S, N, ...]; None for none.
-
-    Raises:
-        TypeError: If an argument has the wrong type, or the attack returns no images of the dtype
-            of ``x``.
-        ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or
-            the shape.
-
-    Examples:
-        >>> from functools import partial
-        >>> from sj_robust.attacks import pgd
-        >>> member = Member("pgd", partial(pgd, eps=0.1, step_size=0.05, steps=3))
-        >>> x, y = torch.rand(2, 5), torch.tensor([0, 1])
-        >>> craft(nn.Linear(5, 3), x, y, member, seeds=SampleSeeds([0, 1])).shape
-        torch.Size([2, 5])
-    """
-    _check_arguments(model, x, y, seeds)
-    return crafted(model, x, y, member, seeds=seeds, starts=starts).x_adv
-
-
 @dataclass(frozen=True)
 class Crafted:
     """Images of a member, and the distance of each from its clean one in the member's threat, [N];
@@ -166,7 +119,33 @@ def crafted(
     seeds: SampleSeeds,
     starts: Tensor | None = None,
 ) -> Crafted:
-    """:func:`craft` for whoever has checked images, labels and seeds already."""
+    """Adversarial images of one member, its gradient estimator applied.
+    用指定梯度估计生成对抗样本。
+
+    The network is attacked in evaluation mode; modes, global random state and hooks are as before
+    afterwards. Whoever asks has checked images, labels and seeds.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is
+            ``"training"``.
+        x: Images, floating point.
+        y: Labels [N] int64.
+        member: Which attack, estimator and restart.
+        seeds: One seed per sample, from which the member derives its own.
+        starts: What a member with ``takes_starts`` begins from, [S, N, ...]; None for none.
+
+    Raises:
+        TypeError: If the attack returns no images of the dtype of ``x``.
+        ValueError: If the attack leaves [0, 1], its ball or the shape.
+
+    Examples:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import pgd
+        >>> member = Member("pgd", partial(pgd, eps=0.1, step_size=0.05, steps=3))
+        >>> x, y = torch.rand(2, 5), torch.tensor([0, 1])
+        >>> crafted(nn.Linear(5, 3), x, y, member, seeds=SampleSeeds([0, 1])).x_adv.shape
+        torch.Size([2, 5])
+    """
     if x.numel() == 0:
         return Crafted(x.detach().clone(), None)
     own = seeds.derived(member.name, member.seed)
@@ -184,12 +163,12 @@ def crafted(
     return Crafted(x_adv.detach(), distance)
 
 
-def fools(
+def fooled(
     model: Model,
     x: Tensor,
     y: Tensor,
     *,
-    draws: int = 1,
+    draws: int,
     seeds: SampleSeeds,
     batch_size: int | None = None,
 ) -> Tensor:
@@ -215,29 +194,14 @@ def fools(
         [N] bool.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If images, labels, seeds or logits do not fit, or ``draws`` < 1.
+        TypeError: If the logits have the wrong type.
+        ValueError: If the logits do not fit.
 
     Examples:
         >>> x, y = torch.eye(2), torch.tensor([0, 0])
-        >>> fools(lambda x: x, x, y, seeds=SampleSeeds([0, 1]))
+        >>> fooled(lambda x: x, x, y, draws=1, seeds=SampleSeeds([0, 1]))
         tensor([False,  True])
     """
-    check_count("draws", draws)
-    _check_arguments(model, x, y, seeds)
-    return fooled(model, x, y, draws=draws, seeds=seeds, batch_size=batch_size)
-
-
-def fooled(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    *,
-    draws: int,
-    seeds: SampleSeeds,
-    batch_size: int | None = None,
-) -> Tensor:
-    """:func:`fools` for whoever has checked images, labels and seeds already."""
     wrong = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for draw in range(draws):
         undecided = (2 * wrong <= draws) & (2 * (wrong + draws - draw) > draws)
@@ -313,17 +277,6 @@ def _estimator(name: str, model: Model, *, of: str = "") -> AbstractContextManag
 
     applied: AbstractContextManager[Model] = estimator(name)(model)
     return applied
-
-
-def _check_arguments(model: Model, x: Tensor, y: Tensor, seeds: SampleSeeds) -> None:
-    check_model(model)
-    check_samples(x)
-    check_labels(y, x)
-    if not isinstance(seeds, SampleSeeds):
-        raise TypeError(
-            f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))"
-        )
-    check_seeds(seeds, x)
 
 
 def _checked_result(x_adv: Tensor, x: Tensor, member: Member) -> Tensor | None:
