@@ -251,7 +251,7 @@ def test_a_training_of_the_study_of_twins_is_a_command(data, training, monkeypat
     study = options_in(TWINS)[data]
     options = read_options(adv_train.Options, shlex.split(study["trainings"][training]))
     assert options.dataset == data.removesuffix("_vgg5")
-    assert (options.mode == "twin_at") == (training in study["steps"])
+    assert (options.mode == "twin_at") == (training == "twin")
 
 
 def test_cifar_10_takes_what_the_search_on_fashion_mnist_may_choose():
