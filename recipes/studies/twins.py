@@ -10,7 +10,7 @@ twins.md.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -59,23 +59,19 @@ class Options:
 def main(options: Options) -> None:
     """Train and evaluate what is not in the table."""
     study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))[options.data]
-    steps = study["steps"]
-    if options.steps:
-        steps = dict.fromkeys(steps, options.steps)
     grid = []
     for seed, training in product(options.seeds, options.trainings or study["trainings"]):
-        for network, T in networks(training, steps):
+        for network, T in networks(training, options.steps or study["steps"]):
             grid.append({"data": options.data, "network": network, "T": T, "seed": seed})
     once(options.output / "twins.csv", grid, partial(measured, study=study, options=options))
     write_page(options.output / PAGE, tables(options.output))
 
 
-def networks(training: str, steps: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:
+def networks(training: str, steps: Sequence[int]) -> list[tuple[str, str]]:
     """Networks with the weights of a training, each with the steps in which spikes run a twin."""
-    if training not in steps:
+    if training != "twin":
         return [(training, "")]
-    spiking = [(training, str(T)) for T in steps[training]]
-    return [("relu", ""), *spiking] if training == "twin" else spiking
+    return [("relu", ""), *((training, str(T)) for T in steps)]
 
 
 def measured(

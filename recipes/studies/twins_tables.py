@@ -15,7 +15,6 @@ PAGE = "twins.md"
 NAMES = {
     "relu": "clipped ReLUs (twin)",
     "twin": "the twin's weights, DLIF",
-    "twin4": "those of a twin for T = 4",
     "at": "AT, LIF",
     "ms_mppd_at": "AT with MS-MPPD, DLIF",
     "mtl_ibp": "MTL-IBP, DLIF",
