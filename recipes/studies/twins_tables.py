@@ -42,7 +42,7 @@ def tables(folder: Path) -> dict[str, str]:
                 learned.append([data, NAMES[network], *gap])
         heads = ["network", "T", "seeds", "clean, %", "left, %", "proved, %"]
         found[data] = markdown_table([*heads, "spikes", "operations"], cells)
-    heads = ["data", "network", "training gradient, %", "all attacks, %"]
+    heads = ["data", "network", "control, %", "all attacks, %"]
     return found | {"learned": markdown_table(heads, learned, words=2)}
 
 
