@@ -170,6 +170,9 @@ class Options:
     then run in T steps."""
     levels: Annotated[PositiveInt, Idle(lambda options: options.mode != "twin_at")] = 4
     """For mode twin_at: in training, activations are as uncertain as counts of so many steps."""
+    gain_fall: Annotated[float, Idle(lambda options: options.mode != "twin_at")] = 0.0
+    """For mode twin_at: how far the gains behind the first layer fall to either side of 1; try 0.3
+    for few steps."""
     eps: Annotated[Radius, Often(), Idle(is_eps_idle)] = Radius(0.1)
     """Linf radius of the training attack, such as 8/255; in mode gaussian, the standard
     deviation."""
@@ -749,7 +752,8 @@ def run_by_spikes(
     """The network of spikes with the weights of a twin."""
     like = next(twin.parameters())
     image, _ = splits.train[0]  # for the shapes alone: thresholds are the scales
-    converted = training.convert(twin, image.unsqueeze(0).to(like), T=options.T)
+    image = image.unsqueeze(0).to(like)
+    converted = training.convert(twin, image, T=options.T, gain_fall=options.gain_fall)
     spiking = build_classifier(spiking_spec(options, splits))
     spiking.load_state_dict(converted.state_dict())
     return spiking.to(like.device).eval()

@@ -34,6 +34,8 @@ from sj_robust.ops import keep_heap
 from sj_robust.training import convert
 
 STUDY = Path(__file__).with_suffix(".yaml")
+FEW_STEPS, GAIN_FALL = 4, 0.3
+"""Up to how many steps gains that fall are tried, and how far, as validation images chose."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,25 @@ def networks(training: str, steps: Sequence[int]) -> list[tuple[str, str]]:
     """Networks with the weights of a training, each with the steps in which spikes run a twin."""
     if training != "twin":
         return [(training, "")]
-    return [("relu", ""), *((training, str(T)) for T in steps)]
+    falling = [("falling", str(T)) for T in steps if T <= FEW_STEPS]
+    return [("relu", ""), *((training, str(T)) for T in steps), *falling]
 
 
 def measured(
     data: str, network: str, T: str, seed: int, study: dict[str, Any], options: Options
 ) -> dict[str, object]:
     """The figures of one network: accuracies in per cent, spikes and operations per image."""
-    training = "twin" if network == "relu" else network
+    training = "twin" if network in ("relu", "falling") else network
     run = options.runs / data / f"{training}-{seed}"
     words = shlex.split(f"{study['trainings'][training]} --judged 0 {options.more}")
     run_recipe("adv_train.py", [*words, "--seed", str(seed)], run)
     trained = from_checkpoint(min(run.glob("*/best.pt")).parent)  # of a twin, its ReLUs: by name
     dataset, count = trained.options["dataset"], options.images or study["images"]
     x, y = first_images(dataset, count, root=options.root)
-    model = convert(trained.model, x[:1], T=int(T)) if T else trained.model.eval()
+    model = trained.model.eval()
+    if T:
+        fall = GAIN_FALL if network == "falling" else 0.0
+        model = convert(model, x[:1], T=int(T), gain_fall=fall)
     judge = partial(evaluate, model, eps=study["eps"], progress=False)
     path = run / f"{options.suite}-{network}{T}.json"
     if not path.exists():

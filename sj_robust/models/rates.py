@@ -18,9 +18,10 @@ class Rate(nn.Module):
     """Spikes per step of an integrate-and-fire neuron with a soft reset, before they are rounded.
     积分发放神经元的发放率（未取整）。
 
-    Equation, with the threshold theta, the potential v_init before the first step and T steps of
-    the current x: the neuron fires ``floor((v_init + T * gain * x) / theta)`` times, so ``rate =
-    clamp(gain * x / theta + (v_init / theta - 1 / 2) / T, 0, 1)`` is off by 1 / (2 T) at most.
+    Equation, with the threshold theta, the potential v_init before the first step, T steps of the
+    current x and the mean of the gains: with equal gains the neuron fires ``floor((v_init + T *
+    gain * x) / theta)`` times, so ``rate = clamp(gain * x / theta + (v_init / theta - 1 / 2) / T,
+    0, 1)`` is off by 1 / (2 T) at most.
 
     Shapes: [T, N, *] or [N, *], as the current.
 
@@ -44,9 +45,9 @@ def rate_twin(model: nn.Module) -> SpikingClassifier | None:
     """The network of rates of a spiking network, with its own weights and one time step; None if it
     has none. 脉冲网络对应的发放率网络。
 
-    A network has one if all its neurons integrate without leak, subtract their threshold after a
-    spike and have the same gain in every step, as those of :func:`sj_robust.training.convert`, and
-    it repeats its images itself (direct encoding). Weights and buffers are those of ``model``, not
+    A network has one if all its neurons integrate without leak and subtract their threshold after a
+    spike, as those of :func:`sj_robust.training.convert`, and it repeats its images itself (direct
+    encoding). Weights and buffers are those of ``model``, not
     copies.
 
     Examples:
@@ -85,9 +86,9 @@ def _rate(neuron: Neuron, T: int) -> Rate | None:
     module: Any = neuron.module
     charging = neuron.charging()
     gains = torch.ones(1) if charging.input_gain is None else charging.input_gain.detach()
-    slope = float(charging.gain) * float(gains[0]) / float(module.v_threshold)
+    slope = float(charging.gain) * float(gains.mean()) / float(module.v_threshold)
     start = float(potential_at_reset(module)) / float(module.v_threshold)
     keeps = charging.decay_value == 1.0 and module.v_reset is None and neuron.binary
-    if not keeps or slope <= 0 or not bool((gains == gains[0]).all()):
+    if not keeps or slope <= 0:
         return None
     return Rate(slope, (start - 0.5) / T)

@@ -15,6 +15,7 @@ from sj_robust.core.checks import (
     check_count,
     check_images,
     check_network,
+    check_number,
     check_size,
     check_switch,
 )
@@ -58,6 +59,7 @@ def convert(
     T: int = 16,
     quantile: float = 0.99,
     per_channel: bool = False,
+    gain_fall: float = 0.0,
     mean: Channels = None,
     std: Channels = None,
 ) -> SpikingClassifier:
@@ -72,14 +74,16 @@ def convert(
 
     so that the number of spikes in T steps of a constant current is the activation divided by s,
     rounded to a multiple of 1 / T and clipped to [0, 1]. In the first layer it is exactly that; in
-    later layers it also depends on when the spikes come. The scales are put into the batch norm,
+    later layers it also depends on when the spikes come. There the gains are ``1 + gain_fall * (1 -
+    2 t / (T - 1))``, so that early currents count for more: spikes that the last currents would
+    take back have been emitted by then. The scales are put into the batch norm,
     convolution or linear layer before and into the weights behind a neuron, where a module of its
     own has them alone; elsewhere, as around the sum of a residual network, a :class:`Rescale` is
     added. A network of this package keeps its modules, and its weights fit
     ``NetworkSpec(neuron="dlif", tau=math.inf, options={"v_reset": None, "v_init": 0.5})``.
 
-    Unlike ``spikingjelly.activation_based.ann2snn``, neurons are DLIF with all gains 1 (so stages
-    run in one pass and gains can be trained), begin at half a threshold, and a network of which an
+    Unlike ``spikingjelly.activation_based.ann2snn``, neurons are DLIF (so stages run in one pass
+    and gains can be trained), begin at half a threshold, and a network of which an
     operation is not kept by counts of spikes is refused.
 
     Args:
@@ -89,6 +93,8 @@ def convert(
         T: Number of time steps, >= 1.
         quantile: Of the positive activations of a ReLU, in (0, 1].
         per_channel: Whether every channel of a ReLU has a scale of its own.
+        gain_fall: How far the gains behind the first layer fall to either side of 1, in [0, 1]; 0.3
+            keeps more of a network of few time steps.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 
@@ -118,6 +124,8 @@ def convert(
     T = check_count("T", T)
     quantile = check_size("quantile", quantile, positive=True, at_most=1.0)
     check_switch("per_channel", per_channel)
+    if not 0 <= check_number("gain_fall", gain_fall) <= 1:
+        raise ValueError(f"gain_fall must be in [0, 1], got {gain_fall}")
     check_images(x)
     if any(is_neuron(module) for module in twin.modules()):
         raise ValueError(
@@ -131,9 +139,12 @@ def convert(
         raise ValueError("mean and std are for a bare network, got a classifier; omit them")
     with torch.no_grad(), full_precision(x.device), preserved(model):
         traced = _Traced(model, x)
+    gains = torch.ones(T)  # the first layer's
     with torch.no_grad():
         for node in traced.relus():
-            traced.replace(node, traced.scale(node, quantile, per_channel=per_channel), T)
+            scale = traced.scale(node, quantile, per_channel=per_channel)
+            traced.replace(node, scale, gains)
+            gains = 1.0 + gain_fall * torch.linspace(1.0, -1.0, T) * (T > 1)
     net = traced.network(T)
     takes = None if isinstance(net, DirectlyEncoded) else model.takes
     encoder = model.encoder
@@ -247,12 +258,16 @@ class _Traced:
         """Dimension of the channels."""
         return 2 if self.multi_step else 1
 
-    def replace(self, node: Node, scale: Tensor, T: int) -> None:
-        """A spiking neuron in place of a ReLU, with its scale in its neighbours or beside it."""
+    def replace(self, node: Node, scale: Tensor, gains: Tensor) -> None:
+        """A spiking neuron with these gains in place of a ReLU, with its scale in its neighbours or
+        beside it.
+        """
         shape = (-1, *[1] * (self.values[node].ndim - self._channel - 1))
         mode = "m" if self.multi_step else "s"
         like = self.values[node]
-        neuron = DLIFNode(T, tau=math.inf, v_reset=None, v_init=0.5, step_mode=mode).to(like)
+        neuron = DLIFNode(len(gains), tau=math.inf, v_reset=None, v_init=0.5, step_mode=mode)
+        neuron.input_gain.copy_(gains)
+        neuron.to(like)
         parts: list[nn.Module] = [neuron]
         if not self._scaled_before(node, 1.0 / scale):
             parts.insert(0, Rescale((1.0 / scale).view(shape)))

@@ -149,6 +149,7 @@ def with_gains(*gains):
         (dlif(), lambda x: x - 1 / 8),
         (dlif(v_threshold=2.0), lambda x: x / 2 - 1 / 8),
         (with_gains(3.0, 3.0, 3.0, 3.0), lambda x: 3 * x - 1 / 8),
+        (with_gains(1.3, 1.1, 0.9, 0.7), lambda x: x - 1 / 8),
         (neuron.IFNode(v_reset=None, step_mode="m"), lambda x: x - 1 / 8),
     ],
 )
@@ -182,7 +183,6 @@ def test_the_rates_of_a_converted_network_are_the_network_that_it_was():
         nn.Flatten(),
         spiking(dlif(tau=2.0)),
         spiking(dlif(v_reset=0.0)),
-        spiking(with_gains(1.0, 1.0, 1.0, 2.0)),
         spiking(with_gains(-1.0, -1.0, -1.0, -1.0)),
         spiking(dlif(surrogate_function=surrogate.ATan(spiking=False))),
         spiking(nn.Sequential(dlif(), neuron.LIFNode(v_reset=None, step_mode="m"))),

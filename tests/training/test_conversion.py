@@ -81,19 +81,24 @@ def twin_and_images(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "per_channel"), [*each_in_turn(TWINS, [False, True]), ("small", True)]
+    ("name", "per_channel", "gain_fall"),
+    [*each_in_turn(TWINS, [False, True], [0.3, 0.0, 0.0]), ("small", True, 0.3)],
 )
-def test_many_steps_give_the_logits_of_the_twin(name, per_channel):
+def test_many_steps_give_the_logits_of_the_twin(name, per_channel, gain_fall):
     twin, x = twin_and_images(name)
     state = {key: value.clone() for key, value in twin.state_dict().items()}
     with torch.no_grad():
         wanted = twin(x)
         errors = []
         for T in (16, 256):
-            spiking = convert(twin, x, T=T, quantile=1.0, per_channel=per_channel)
+            scales = {"quantile": 1.0, "per_channel": per_channel}
+            spiking = convert(twin, x, T=T, gain_fall=gain_fall, **scales)
             errors.append(float((spiking(x) - wanted).abs().max() / wanted.std()))
         assert_close(twin(x), wanted, rtol=0, atol=0)
-    assert errors[1] < 0.2 * errors[0] + 0.02
+    clipped = (
+        0.1 * gain_fall
+    )  # of activations near the scale, which begin with more than a threshold
+    assert errors[1] < 0.2 * errors[0] + 0.02 + clipped
     assert errors[1] < 0.05
     assert_close(twin.state_dict(), state, rtol=0, atol=0)
 
@@ -127,6 +132,19 @@ def test_a_network_of_the_package_fits_its_specification_and_is_used_as_any_othe
     assert compare_potentials(spiking, x, (x + 0.1).clamp(max=1))["stages.0.node"].T == 5
     kinds = {type(module) for module in convert(residual().eval(), x).net.modules()}
     assert DLIFNode in kinds
+
+
+def test_gains_fall_behind_the_first_layer():
+    twin, x = twin_and_images("vgg5")
+    gains = [
+        node.input_gain
+        for node in convert(twin, x, T=4, gain_fall=0.3).modules()
+        if isinstance(node, DLIFNode)
+    ]
+    assert_close(gains[0], torch.ones(4))
+    for fall in gains[1:]:
+        assert_close(fall, torch.tensor([1.3, 1.1, 0.9, 0.7]))
+    assert len(gains) > 2
 
 
 def test_a_clipped_relu_is_as_uncertain_as_counts_in_training_alone():
@@ -170,6 +188,7 @@ REFUSED = [
     (lambda: nn.ReLU, {}, TypeError, "twin"),
     (packaged, {"T": 0}, ValueError, "T"),
     (packaged, {"quantile": 0.0}, ValueError, "quantile"),
+    (packaged, {"gain_fall": 1.5}, ValueError, "gain_fall"),
     (packaged, {"mean": 0.5}, ValueError, "mean"),
     (packaged, {"x": torch.rand(3, *IMAGE).byte()}, TypeError, "x"),
 ]
