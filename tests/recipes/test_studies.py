@@ -60,6 +60,7 @@ SMALL = {
         "suite": "fast",
         "more": "--epochs 1 --train-limit 100 --test-limit 10",
     },
+    "twins_tables": {},
 }
 """What each study is run with, beside a folder of its own."""
 WRITES = {
@@ -79,7 +80,7 @@ WRITES = {
     "twins": ["twins.csv"],
 }
 FROM_FILES = ("defences", "defences_pictures", "defences_tables")
-FROM_FILES += ("proved_tables", "record")
+FROM_FILES += ("proved_tables", "record", "twins_tables")
 """Studies that read the CSV files of the pages."""
 
 
