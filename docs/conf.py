@@ -69,6 +69,7 @@ nitpick_ignore = [
         "neuron.charging.Charging",
         "ops.dlif.config.Outputs",
         "perturbation.intensity.Association",
+        "proofs.certificates.Proof",
         "proofs.differentiable.DifferentiableBounds",
         "proofs.rules.Bounds",
     )
