@@ -15,7 +15,7 @@ PAGE = "twins.md"
 NAMES = {
     "relu": "clipped ReLUs (twin)",
     "twin": "the twin's weights, DLIF",
-    "falling": "the same, gains 1.3 to 0.7 behind the first layer",
+    "falling": "the twin's weights, gains 1.3 to 0.7",
     "at": "AT, LIF",
     "ms_mppd_at": "AT with MS-MPPD, DLIF",
     "mtl_ibp": "MTL-IBP, DLIF",
