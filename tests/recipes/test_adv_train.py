@@ -249,7 +249,7 @@ def test_a_network_of_ones_own_without_the_neuron_asked_for_is_refused(tmp_path)
 
 
 def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
-    options = split("--mode twin_at --T 6 --levels 3 --no-reference --judged 6")
+    options = split("--mode twin_at --T 6 --levels 3 --gain_fall 0.2 --no-reference --judged 6")
     with shortened():
         in_process(tmp_path, *QUICK, *options)
     folder = tmp_path / "runs" / "digits-dlif-twin_at-1"
@@ -259,7 +259,7 @@ def test_a_twin_is_trained_and_its_weights_are_run_by_spikes(tmp_path):
     x = torch.rand(5, 1, 8, 8)
     assert spiking.T == 6
     assert {module.levels for module in twin.modules() if isinstance(module, ClippedReLU)} == {3}
-    assert torch.equal(spiking(x), convert(twin, x, T=6)(x))
+    assert torch.equal(spiking(x), convert(twin, x, T=6, gain_fall=0.2)(x))
     report = Report.load(folder / "report.json")
     assert report.variants == ("clipped_relu pgd_at", "dlif twin_at")
     left = Report.load(folder / "dlif_twin_at" / "left.json")

@@ -127,7 +127,7 @@ def test_options_without_effect(given, expected):
     unused = {"guard_margin", "guard_rising", "encoder_options", "temporal_orthogonality"}
     unused |= {"largest_shift", "hidden"}
     wanted = expected | unused | (BOUNDS if given.get("mode") != "certified" else set())
-    wanted |= {"levels"} if given.get("mode") != "twin_at" else set()
+    wanted |= {"levels", "gain_fall"} if given.get("mode") != "twin_at" else set()
     assert found == wanted
     used = {"threshold_guard": 0.1, "encoder": "stod", "moves": 3, "model": "vgg5"}
     assert not unused & without_effect(**used, **given)
