@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sj_robust.core.saved import whole_file
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.neurons import counts
 from sj_robust.proofs.program import Operation, Program, Value
@@ -67,13 +68,15 @@ class Proof:
         }
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
         arrays = {"header": text, **claim, **weights}
-        with Path(path).open("wb") as file:
+        with whole_file(Path(path)) as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's allow_pickle
         return network
 
 
 def _digest(text: Any, arrays: "dict[str, np.ndarray[Any, Any]]") -> str:
-    """SHA-256 of what can be written as JSON, and of arrays by name."""
+    """SHA-256 of what can be written as JSON, and of arrays by name; the checker, which imports
+    nothing of this package, computes it in the same way.
+    """
     found = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
     for name in sorted(arrays):
         one = arrays[name]
