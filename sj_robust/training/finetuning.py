@@ -165,7 +165,8 @@ def finetune(
     threat = as_threat(eps, "Linf")
     if threat.eps == 0 and mode != "none":
         raise ValueError(
-            f"eps must be > 0 in mode {mode!r}, got 0; give a radius such as '8/255', or mode='none'"
+            f"eps must be > 0 in mode {mode!r}, got 0; give a radius such as '8/255', or "
+            "mode='none'"
         )
     kept = check_folder("folder", folder)
     splits = _splits(

@@ -46,7 +46,6 @@ FOUND = {
     "shakes by the image": (None, 0),
     "saturates": ("saturated_loss", 2),
     "wiggles": ("gradient_of_small_steps", 2),
-    "undoes the border": ("larger_budget_fools_fewer", 3),
 }
 
 

@@ -291,8 +291,11 @@ def test_a_search_is_not_attacked_again_but_counted():
 def test_an_evaluation_takes_from_its_search_what_another_estimator_is_worth(
     honest, batch, monkeypatch
 ):
-    def attacked_again(probe, name):
-        raise AssertionError(name)
+    strong_attack = Probe.strong_attack
+
+    def attacked_again(probe, name="training", **options):
+        assert name == "training"
+        return strong_attack(probe, name, **options)
 
     monkeypatch.setattr(Probe, "strong_attack", attacked_again)
     model = masked.with_neurons(honest, "surrogate_function", surrogate.ATan(alpha=100.0))
