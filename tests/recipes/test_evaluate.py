@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from shlex import split
 
+import check_certificate
 import evaluate
 import launch
 import pytest
@@ -234,6 +235,20 @@ def test_products_are_exact_where_there_are_proofs(folder, tmp_path, monkeypatch
         in_process(folder, "runs/one", *split(given), "--output", str(tmp_path / "none"))
     assert told == [False] * switches
     assert torch.backends.cudnn.allow_tf32 is not switches
+
+
+def test_the_certificate_holds_the_proofs_of_the_report(folder, tmp_path):
+    run = tmp_path / "run"
+    given = "runs/one --suite fast --no-control --test-limit 8 --eps 0.001 --certificate --output"
+    in_process(folder, *split(given), str(run))
+    proved = Report.load(run / "report.json").standing("verified")
+    network, _, eps, (images, labels, numbers) = check_certificate.read(
+        str(run / "certificate.npz")
+    )
+    assert proved
+    assert eps == 0.001
+    assert set(numbers.tolist()) == proved
+    assert (check_certificate.proved(network, images, labels, eps) > 0).all()
 
 
 @pytest.fixture
