@@ -1,6 +1,7 @@
 """A spiking network as a pure function from images or event frames to logits."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -321,6 +322,8 @@ class SpikingClassifier(nn.Module):
             return Convention(self.takes, "logits", T)
         given = None if self._T_is_its_own else self.T
         find = partial(find_convention, self.net, self._frames_of_random_images(images), given)
+        if "torch._dynamo" in sys.modules:  # a trial is not worth compiling
+            find = torch.compiler.disable(find)  # type: ignore[no-untyped-call]  # torch's own
         try:
             takes = self._possible if self.takes is None else (self.takes,)
             convention = find(takes=takes)

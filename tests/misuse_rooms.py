@@ -16,7 +16,7 @@ from torchvision.transforms import ToPILImage
 from training import small_run
 
 from sj_robust import DLIFNode, SpikingClassifier, perturbation_gains
-from sj_robust.attacks import ThreatModel
+from sj_robust.attacks import ThreatModel, pgd
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.data import Augmentation, ShuffledBatches, image_loader, load_images
 from sj_robust.data.stored import contents
@@ -327,6 +327,7 @@ MISUSE = [
     Misuse(finetuned, {"data": (2 * torch.ones(20, 1, 4, 4), Y[:20])}, name="x"),
     Misuse(finetuned, {"data": (X, torch.eye(3)[Y])}, TypeError, "y"),
     Misuse(finetuned, {"validation_fraction": 0.0, "data": STRIPES.train}),
+    Misuse(finetuned, {"eps": 0, "data": (X[:8], Y[:8])}, name="eps"),
     Misuse(finetuned, {"net": linear().half()}, name="float16"),
     *rows(
         finetuned,
@@ -390,6 +391,11 @@ MISUSE = [
     ),
     *rows(attack, {"mode": "free"}, {"steps": 7, "mode": "at"}, {"steps": 1, "mode": "gaussian"}),
     Misuse(attack, {"project": False, "mode": "pgd_at"}),
+    Misuse(
+        partial(pgd, x=X, y=0 * Y, eps=0.1),
+        {"model": lambda x: x.flatten(1)[:, :1]},
+        name="2 classes",
+    ),
     *rows(crafted, {"noise_std": 0.0}, {"step_size": 0.0}, {"steps": 0}, {"eps": 8}),
     *rows(GradientSparsity, {"weight": -1.0}, {"h": 0.0, "weight": 1.0}),
     *rows(ThresholdGuarding, {"weight": NAN}, {"margin": 0.0, "weight": 1.0}),

@@ -221,6 +221,7 @@ WRONG = [
     Wrong(CARDS, {"x": LOADER}, "y"),
     # where the results go, and what they are called
     *each(CARDS, "folder", __file__, f"{__file__}/a/b", "/proc/x", f"a/{'n' * 300}", 3, ""),
+    *each(CARDS, "folder", "nn/" * 1400),
     *each(CARDS, "name", 3, ""),
     *each(CARDS, "dataset", 3, "", None),
     *each(CARDS, "progress", "no", None),

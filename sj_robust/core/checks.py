@@ -262,6 +262,11 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
             f"logits must be [N, classes] with N = {y.shape[0]}, got shape {tuple(logits.shape)}; "
             "average outputs over time first, as SpikingClassifier does"
         )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must return at least 2 classes, got {logits.shape[1]}; return one logit "
+            "per class"
+        )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(
             "logits must be finite, got NaN or infinity; the network has diverged or overflows"

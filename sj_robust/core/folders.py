@@ -12,6 +12,8 @@ __all__ = ["check_file", "check_folder", "check_names", "locked", "read_text"]
 
 _LONGEST = 255
 """Bytes of a name in a file system."""
+_LONGEST_PATH = 4095
+"""Bytes of a path as a whole."""
 
 
 def check_folder(name: str, folder: str | Path | None) -> Path | None:
@@ -81,6 +83,12 @@ def check_file(path: str | Path, endings: Collection[str], remedy: str) -> Path:
 
 def check_names(name: str, path: Path) -> None:
     """File systems take every name in a path; else ValueError. 检查路径中名称的长度。"""
+    whole = len(os.fsencode(path))
+    if whole > _LONGEST_PATH:
+        raise ValueError(
+            f"{name} must have at most {_LONGEST_PATH} bytes, as systems demand, got {whole}; give "
+            "a shorter one"
+        )
     longest = max((os.fsencode(part) for part in path.parts), key=len, default=b"")
     if len(longest) > _LONGEST:
         raise ValueError(

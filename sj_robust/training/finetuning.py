@@ -163,6 +163,10 @@ def finetune(
     check_switch("progress", progress)
     check_size("validation_fraction", validation_fraction)
     threat = as_threat(eps, "Linf")
+    if threat.eps == 0 and mode != "none":
+        raise ValueError(
+            f"eps must be > 0 in mode {mode!r}, got 0; give a radius such as '8/255', or mode='none'"
+        )
     kept = check_folder("folder", folder)
     splits = _splits(
         data, test, fraction=validation_fraction, seed=check_seed("seed", seed), mean=mean, std=std

@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -274,3 +275,33 @@ FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "saturates": Saturates,
     "wiggles": Wiggles,
 }
+
+
+class Undoes(Around):
+    """Changes of exact sizes, beside the grid on which all clean pixels lie: nobody but an attack
+    meets them.
+    """
+
+    def __init__(self, sizes: tuple[float, ...], net: nn.Module) -> None:
+        super().__init__(net)
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = x
+        for size in self.sizes:
+            for change in (size, -size):
+                of_grid = GRID * (x.detach() - change)
+                is_it = (of_grid - of_grid.round()).abs() < 1e-3 * GRID / 2
+                inside = inside - change * is_it
+        return self.net(inside)
+
+
+GRID = 15
+BORDER = 30 / 255
+
+UNDOING: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "the border": partial(Undoes, (BORDER,)),
+    "halves": partial(Undoes, (BORDER, BORDER / 2, BORDER / 4)),
+    "8 bits": partial(Undoes, tuple(step / 255 for step in (*range(18, 21), *range(26, 31)))),
+}
+"""Networks for images on the grid, which undo changes of some sizes."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluation.fooling import FOOLING
+from evaluation.fooling import BORDER, FOOLING, GRID, UNDOING
 from evaluation.short_suite import short_suite, shortened
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ FOUND = {
     "shakes by the image": (None, 0),
     "saturates": ("saturated_loss", 2),
     "wiggles": ("gradient_of_small_steps", 2),
+    "undoes the border": ("larger_budget_fools_fewer", 3),
 }
 
 
@@ -69,14 +70,16 @@ def given() -> Given:
     return SpikingClassifier(net, T=4).eval(), x[:16], y[:16]
 
 
-def evaluated(model: nn.Module, x: Tensor, y: Tensor, *, whole_square: bool = False) -> Report:
+def evaluated(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float = EPS, whole_square: bool = False
+) -> Report:
     def few(suite):
         short = short_suite(suite)
         plain = suite.plain[-1:] if whole_square else short.plain
         return replace(short, members=short.members[:2], control=(), plain=plain)
 
     with shortened(few):
-        return evaluate(model, x, y, eps=EPS, suite="fast", progress=False)
+        return evaluate(model, x, y, eps=eps, suite="fast", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,14 @@ def test_a_network_that_was_built_to_fool_gets_no_better_verdict(name, given, ho
     failed = {row["name"] for row in report.findings if not row["passed"]}
     assert sign is None or sign in failed
     assert report.worst_case.correct <= honest.worst_case.correct + more
+
+
+@pytest.mark.parametrize("name", quick(UNDOING, "the border"))
+def test_a_network_that_knows_where_attacks_end_shows_it_in_a_smaller_ball(name, given):
+    model, x, y = given
+    x = (GRID * x).round() / GRID
+    left = evaluated(model, x, y, eps=BORDER)
+    assert all(row["passed"] for row in left.findings)
+    report = evaluated(UNDOING[name](model), x, y, eps=BORDER)
+    assert "larger_budget_fools_fewer" in {r["name"] for r in report.findings if not r["passed"]}
+    assert report.worst_case.correct <= left.worst_case.correct + 5

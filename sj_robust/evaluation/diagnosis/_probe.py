@@ -4,7 +4,7 @@ beside finite differences, attacks and their success.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -37,6 +37,8 @@ _SLOPE = 8.0
 _RIDGE = 1e-3
 _LEAST_STEP = 0.01
 """Of every pixel, which neither rounding nor an image of 8 bits hides."""
+_INNER = (0.93, 0.98)
+"""Shares of the radius between which the smaller one is drawn."""
 
 
 @dataclass(frozen=True)
@@ -231,15 +233,34 @@ class Probe:
         model = self.model if source is None else source
         return self._pgd(model, eps, steps, step_size=2.5 * eps / steps)
 
-    def strong_attack(self, name: str) -> Tensor:
-        """Images after APGD with an estimator, for models that are modules."""
-        assert isinstance(self.model, nn.Module)  # only spiking networks are compared
-        with estimator(name)(self.model) as crafting, taken_for_checked():
+    @cached_property
+    def usual(self) -> Tensor:
+        """Images that APGD with the training surrogate fools, [N] bool."""
+        return self.fooled(self.strong_attack())
+
+    @cached_property
+    def inner(self) -> float:
+        """A smaller radius, drawn: no network knows where attacks of this size end."""
+        generator = torch.Generator().manual_seed(self._seed("inner"))
+        low, high = _INNER
+        share = low + (high - low) * float(torch.rand((), generator=generator))
+        return share * self.threat.eps
+
+    def strong_attack(self, name: str = "training", *, eps: float | None = None) -> Tensor:
+        """Images after APGD; with an estimator for models that are modules."""
+        if name == "training" and not self.gradients.connected:
+            return self.x.clone()
+        applied: AbstractContextManager[Model] = nullcontext(self.model)
+        if name != "training":
+            assert isinstance(self.model, nn.Module)  # only spiking networks are compared
+            applied = estimator(name)(self.model)
+        threat = self.threat if eps is None else replace(self.threat, eps=eps)
+        with applied as crafting, taken_for_checked():
             return apgd(
                 crafting,
                 self.x,
                 self.y,
-                eps=self.threat,
+                eps=threat,
                 steps=2 * self.steps,
                 eot_samples=self.eot_samples,
                 generator=self._generator(),

@@ -451,10 +451,11 @@ def attacks(probe: Probe) -> list[Finding]:
 
 
 def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
-    """The attack with larger radii, and without one."""
+    """The attack with larger radii, and without one; APGD also with a smaller one."""
     eps = probe.threat.eps
     rates = [f"{probe.rate(attack):.0%} of the images at eps {eps:.3g}"]
-    most_lost = torch.zeros_like(attack)  # images that fall at a radius and not at the next one
+    inner = probe.fooled(probe.strong_attack(eps=probe.inner))
+    most_lost = inner & ~probe.usual  # images that fall at a radius and not at the next one
     before = attack
     for radius in (2 * eps, 4 * eps):
         if radius < probe.diameter:
@@ -468,9 +469,11 @@ def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
         probe,
         "larger_budget_fools_fewer",
         most_lost,
-        f"The attack fools {', '.join(rates)}.",
+        f"The attack fools {', '.join(rates)}; APGD fools {probe.rate(inner):.0%} at "
+        f"{probe.inner:.3g} and {probe.rate(probe.usual):.0%} at {eps:.3g}.",
         "A larger ball contains the smaller one, so the attack fails to search it: use APGD "
-        "with restarts and other estimators.",
+        "with restarts and other estimators, and with smaller radii, whose images do not lie on "
+        "the border.",
     )
     left = (~probe.fooled(probe.unbounded()))[probe.right]
     yield _share(
@@ -509,7 +512,7 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
 
 def estimators_attacking(probe: Probe, names: Sequence[str]) -> Finding:
     """The same attack with the training surrogate and with other gradient estimators."""
-    usual = probe.fooled(probe.strong_attack("training"))
+    usual = probe.usual
     found = []
     skipped = ""
     for name in ("training", *names):

@@ -79,6 +79,8 @@ chooses (docs/results/estimator_choice.csv), the most frequent ones and two that
 """
 _REPEATED = ("fast", "standard", "gradient", "long", "events")
 """Suites that may have several rounds."""
+_INNER = 0.95
+"""Share of the radius of a plain attack that does not end on the border."""
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _PAPER_EPS = 8 / 255
@@ -174,7 +176,7 @@ def make_suite(
     ``fast`` runs APGD-CE c1 (50 x 2).
 
     Where a check for gradient masking fails, ``evaluate`` also runs APGD-CE, APGD-DLR (100 x 1) and
-    Square (1000 queries) on a plain copy of the network.
+    Square (1000 queries) on a plain copy of the network, APGD-CE also with 0.95 of the radius.
 
     With ``rounds`` > 1, the attacks are repeated with other random numbers, each on the images that
     are still correct; a search starts from the images of its own round, so that it ends elsewhere.
@@ -414,7 +416,9 @@ class _Plan:
         """On a plain copy of the network, which is not asked on event frames."""
         if self.threat.of_events:
             return ()
-        members = [self.ce("training"), *self.dlr("training"), self.square(1000)]
+        inner = replace(self, threat=replace(self.threat, eps=_INNER * self.threat.eps))
+        inside = replace(inner.ce("training"), name="apgd_ce/training/inside")
+        members = [self.ce("training"), *self.dlr("training"), inside, self.square(1000)]
         return tuple(replace(member, name=f"plain/{member.name}") for member in members)
 
     def spikes(self, forwards: int) -> list[Member]:
