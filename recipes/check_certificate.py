@@ -119,8 +119,8 @@ class Map:
 
 
 def product(weight: Array, x: Array, absolute: bool) -> Array:
-    """``A x`` of the last dimension."""
-    return np.asarray(x @ (np.abs(weight) if absolute else weight).T)
+    """``A x`` of the last dimension; of each row, where A has as many dimensions."""
+    return np.asarray(x @ (np.abs(weight) if absolute else weight).swapaxes(-1, -2))
 
 
 def patches(x: Array, size: list[int], stride: list[int]) -> Array:
@@ -152,10 +152,9 @@ def batch_norm(eps: float, mean: Array, variance: Array, weight: Array, bias: Ar
     check((variance + eps > 0).all(), "variances above -eps")
     slope = (weight / np.sqrt(variance + eps)).reshape(-1, 1, 1)
     of_mean, bias = mean.reshape(-1, 1, 1) * slope, bias.reshape(-1, 1, 1)
-    size = np.abs(of_mean) + np.abs(bias) + np.abs(bias - of_mean)  # summed in either order
-    return Map(
-        lambda x, absolute: x * (abs(slope) if absolute else slope), 12, bias - of_mean, size
-    )
+    shift = bias - of_mean
+    size = np.abs(of_mean) + np.abs(bias) + np.abs(shift)  # summed in either order
+    return Map(lambda x, absolute: x * (abs(slope) if absolute else slope), 12, shift, size)
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,7 @@ class Neurons:
         return found
 
 
-Layer = tuple[
-    list[Map], Neurons
-]  # maps of the spikes of a step, or of the image, and what they reach
+Layer = tuple[list[Map], Neurons]  # maps of a step's spikes, or of the image, and what they reach
 Network = tuple[list[Layer], list[Map], Array]  # the maps behind all layers, the last one's weight
 
 
@@ -217,16 +214,13 @@ class Spikes:
 
 @dataclass(frozen=True)
 class Piece:
-    """Currents I in [low, high] that have given one train so far: ``v = rest + slope I + offset -+
-    drift``, of at most ``size``.
-    """
+    """Currents I in [low, high] with one train so far, ``v = rest + slope I + offset -+ drift``."""
 
     low: Any
     high: Any
     slope: Fraction
     offset: Fraction
     drift: Fraction
-    size: Fraction
     train: tuple[int, ...] = ()
 
     def cut(self, reached: Fraction, spike: int) -> "list[Piece]":
@@ -243,29 +237,29 @@ class Piece:
         return [replace(self, low=low, high=high, train=train)] if low <= high else []
 
 
-def listed_trains(neurons: Neurons, largest: float, error: float) -> list[Piece]:
+def listed_trains(neurons: Neurons, largest: Fraction, error: Fraction) -> list[Piece]:
     """All trains for constant currents up to ``largest``, of which float32 sees one in each step
     that is at most ``error`` away; in exact arithmetic.
     """
     decay, rest, threshold = map(Fraction, (neurons.decay, neurons.rest, neurons.threshold))
-    below, above, zero = Fraction(neurons.below) - rest, Fraction(neurons.above) - rest, Fraction(0)
-    least = 16 * Fraction(SMALLEST)
-    pieces = [Piece(-math.inf, math.inf, zero, zero, zero, abs(rest))]
+    below, above = Fraction(neurons.below) - rest, Fraction(neurons.above) - rest
+    least, zeros = 16 * Fraction(SMALLEST), (Fraction(0), Fraction(0), Fraction(0))
+    pieces = [Piece(-math.inf, math.inf, *zeros)]
     for gain in map(Fraction, neurons.gains):
         before, pieces = pieces, []
         for piece in before:
-            terms = decay * piece.size + abs(gain) * Fraction(largest) + abs((1 - decay) * rest)
-            charge = Fraction(gamma(16)) * (terms + piece.size + abs(rest)) + least
+            slope, offset, drift = piece.slope, piece.offset, piece.drift
+            size = abs(rest) + abs(slope) * largest + abs(offset) + drift
+            terms = decay * size + abs(gain) * largest + abs((1 - decay) * rest)
+            charge = Fraction(gamma(16)) * (terms + size + abs(rest)) + least
             reset = Fraction(gamma(4)) * (terms + charge + abs(rest) + abs(threshold)) + least
-            drift = decay * piece.drift + abs(gain) * Fraction(error) + charge
-            slope, offset = decay * piece.slope + gain, decay * piece.offset
-            size = terms + charge + reset
-            charged = replace(piece, slope=slope, offset=offset, drift=drift, size=size)
+            slope, offset = decay * slope + gain, decay * offset
+            drift = decay * drift + abs(gain) * error + charge
+            charged = replace(piece, slope=slope, offset=offset, drift=drift)
             pieces += [replace(one, drift=drift + reset) for one in charged.cut(above, 0)]
-            slope, offset = (slope, offset - threshold) if neurons.soft else (zero, zero)
-            drift, size = (drift, size + abs(threshold)) if neurons.soft else (zero, abs(rest))
+            slope, offset, drift = (slope, offset - threshold, drift) if neurons.soft else zeros
             after = partial(replace, slope=slope, offset=offset, drift=drift + reset)
-            pieces += [after(one, size=size + reset) for one in charged.cut(below, 1)]
+            pieces += map(after, charged.cut(below, 1))
         if len(pieces) > MOST_TRAINS:
             raise ArithmeticError(f"a layer with more than {MOST_TRAINS} trains")
     return sorted(pieces, key=lambda piece: (piece.low, piece.high))
@@ -274,9 +268,8 @@ def listed_trains(neurons: Neurons, largest: float, error: float) -> list[Piece]
 def chained(neurons: Neurons, x: Ball) -> Spikes:
     """Spikes for a current [N, *] that is the same in every step: a chain of trains."""
     low, high = x.ends()
-    off = float(x.error.max())
-    most = max(np.abs(low).max(), np.abs(high).max()) + off
-    pieces = listed_trains(neurons, math.nextafter(most, math.inf), off)
+    error = Fraction(x.error.max())
+    pieces = listed_trains(neurons, Fraction(max(-low.min(), high.max())) + error, error)
     trains = np.array([piece.train for piece in pieces], dtype=float)
     starts = np.nextafter([float(piece.low) for piece in pieces], -np.inf)
     stops = np.nextafter([float(piece.high) for piece in pieces], np.inf)
@@ -307,44 +300,38 @@ def windowed(neurons: Neurons, x: Ball, sums: dict[tuple[int, int], Ends]) -> Sp
     """
     decay, rest, below, above = neurons.decay, neurons.rest, neurons.below, neurons.above
     nothing = np.zeros(x.centre.shape[1:])
-    current = x.ends()
-    v, drift = (nothing + rest, nothing + rest), nothing
+    inputs = np.maximum(*map(np.abs, x.ends())) + x.error
+    size, drifts = nothing + abs(rest), [nothing]
     starts, reached = [(nothing, nothing)], [nothing == 0]
     cases: list[Ends] = []
     decided: list[Ends] = []
     for t, gain in enumerate(neurons.gains):
-        inputs = gain * (current[0][t] - x.error[t]), gain * (current[1][t] + x.error[t])
-        size = np.maximum(*map(np.abs, inputs)) + max(1.0, decay) * np.maximum(*map(np.abs, v))
-        rounded = gamma(16) * (within_float32(size) + (1 + decay) * abs(rest)) + 16 * SMALLEST
-        least = decay * v[0] + np.minimum(*inputs) + (1 - decay) * rest - rounded
-        most = decay * v[1] + np.maximum(*inputs) + (1 - decay) * rest + rounded
-        drift = (decay * drift + abs(gain) * x.error[t] + rounded) * (1 + ROUNDED)
+        size = within_float32(abs(gain) * inputs[t] + max(1.0, decay) * size)
+        rounded = gamma(16) * (size + (1 + decay) * abs(rest)) + 16 * SMALLEST
         lows, highs = [], []
         for a in range(t + 1):
+            drift = (decay * drifts[a] + abs(gain) * x.error[t] + rounded) * (1 + ROUNDED)
             kept = decay ** (t - a + 1) if neurons.soft else 0.0
-            lows.append(np.maximum(least, kept * starts[a][0] + sums[a, t][0] + rest - drift))
-            high = np.minimum(most, kept * starts[a][1] + sums[a, t][1] + rest + drift)
+            lows.append(kept * starts[a][0] + sums[a, t][0] + rest - drift)
+            high = kept * starts[a][1] + sums[a, t][1] + rest + drift
             for k in range(a + 1, t + 1):
                 silent = np.minimum(cases[k - 1][1][a], above) - rest
                 since = decay ** (t - k + 1) * silent + sums[k, t][1]
                 high = np.minimum(high, since + rest + drift)
             highs.append(high)
+            drifts[a] = drift
         cases.append((np.stack(lows), np.stack(highs)))
         fires, may_fire, here = cases[t][0] >= above, cases[t][1] >= below, np.stack(reached)
         sure, possible = (fires | ~here).all(0), (may_fire & here).any(0)
         decided.append((sure, possible))
         reached = [*(here & ~fires), possible]
-        low = np.maximum(least, np.where(here, cases[t][0], np.inf).min(0))
-        high = np.minimum(most, np.where(here, cases[t][1], -np.inf).max(0))
+        low = np.where(here, cases[t][0], np.inf).min(0)
+        high = np.where(here, cases[t][1], -np.inf).max(0)
+        starts.append((np.maximum(low, below) - neurons.threshold, high - neurons.threshold))
         size = np.maximum(np.abs(low), np.abs(high)) + abs(rest) + abs(neurons.threshold)
         rounded = gamma(4) * size + 4 * SMALLEST
-        drift = (drift + rounded) * (1 + ROUNDED)
-        starts.append((np.maximum(low, below) - neurons.threshold, high - neurons.threshold))
-        fired = starts[-1] if neurons.soft else (nothing + rest, nothing + rest)
-        silent = np.minimum(high, above)
-        low = np.where(sure, fired[0], np.where(possible, np.minimum(low, fired[0]), low))
-        high = np.where(sure, fired[1], np.where(possible, np.maximum(silent, fired[1]), silent))
-        v = low - rounded, high + rounded
+        drifts.append(drifts[0] if neurons.soft else nothing)
+        drifts = [(drift + rounded) * (1 + ROUNDED) for drift in drifts]
 
     def best(weights: Array, better: Callable[[Array, Array], Array]) -> Array:
         """Of weighted sums over all paths through the cases stay and fire, [F, N, *]."""
@@ -396,11 +383,9 @@ def margins(spikes: Spikes, maps: list[Map], weight: Array, labels: Array) -> Ar
         m = one(m)
     row, label = np.arange(len(labels)), labels.reshape(-1, 1)
     gap, shift = weight - weight[label], last.shift - last.shift[label]
-    middle = (gap @ m.centre[..., None])[..., 0] + shift
-    d = 2.0**-50 * (last.terms + MOST_STEPS + 8)
-    radius = m.radius + d * (np.abs(m.centre) + m.radius)
-    spread = (np.abs(gap) @ radius[..., None])[..., 0] + d * (np.abs(shift) + np.abs(middle))
-    lead = middle + (1 + ROUNDED) * (spread + error + error[row, labels, None] + 2.0**-900)
+    of_gaps = Map(partial(product, gap), last.terms, shift[:, None], np.abs(shift[:, None]))
+    most = of_gaps(m.rows(len(row), 1, keep=1)).ends()[1][:, 0]
+    lead = most + (1 + ROUNDED) * (error + error[row, labels, None])
     lead[row, labels] = -np.inf
     return np.asarray(-lead.max(1))
 

@@ -79,6 +79,11 @@ def is_never_proved(options: "Options") -> bool:
     return is_without_suite(options) or options.norm == "L2"
 
 
+def is_uncertified(options: "Options") -> bool:
+    """Whether there are no proofs in Linf."""
+    return is_never_proved(options) or not options.proofs or options.norm in ("L0", "moves")
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of evaluate."""
@@ -157,6 +162,8 @@ class Options:
     proofs: Annotated[bool, Idle(is_never_proved)] = True
     """For the norms Linf, L0 and moves: prove robustness by bounds of every spike, and attack only
     the images that are not proved robust."""
+    certificate: Annotated[bool, Idle(is_uncertified)] = False
+    """For the norm Linf: also write certificate.npz of what is proved, for check_certificate.py."""
     rounds: PositiveInt = 1
     """How many times the attacks of the suites fast, standard, gradient, long or events are run,
     each time with other random numbers and at the same cost."""
@@ -235,6 +242,8 @@ from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.progress import Watch
 from sj_robust.evaluation.run.suites import check_radius, check_rounds, check_suite
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
+from sj_robust.proofs import verify
+from sj_robust.proofs.soundness import UnprovableError
 
 if TYPE_CHECKING:
     from sj_robust.training import Journal
@@ -391,6 +400,8 @@ def evaluate_network(options: Options, arguments: list[str]) -> None:
         report = make_report(subject, data, request, complete)
     if accelerator.is_main_process:
         save_report(report, subject, data, folder, journal, splits.class_names)
+        if options.certificate and not is_uncertified(complete):
+            save_certificate(subject, data, settled.threat, folder, journal)
     accelerator.end_training()
 
 
@@ -455,6 +466,22 @@ def save_report(
     else:
         journal.say(f"{report.table()}\n{report.verdict}")
     journal.say(f"{', '.join(names)} are in {folder}")
+
+
+def save_certificate(
+    subject: Subject, data: Data, threat: ThreatModel, folder: Path, journal: "Journal"
+) -> None:
+    """Write what is proved, or say why that cannot be written."""
+    x, y = data.tensors(torch.device("cpu"))
+    try:
+        with working("writing a certificate", journal.console):
+            network = verify(subject.model, x, y, threat).save_certificate(
+                folder / "certificate.npz"
+            )
+    except (NotImplementedError, UnprovableError) as error:
+        journal.say(f"no certificate: {error}")
+    else:
+        journal.say(f"certificate.npz is of the network with the SHA-256 {network}")
 
 
 def load_subject(options: Options) -> Subject:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from sj_robust.core.saved import whole_file
+from sj_robust.core.threat import ThreatModel
 from sj_robust.neuron.charging import Neuron
 from sj_robust.proofs.neurons import counts
 from sj_robust.proofs.program import Operation, Program, Value
 
 __all__ = ["Proof"]
+
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 _FORMAT = "sj_robust certificate 1"
 _RESHAPED = "flatten unflatten unsqueeze squeeze view reshape contiguous"
@@ -25,55 +28,73 @@ _RESHAPED = "flatten unflatten unsqueeze squeeze view reshape contiguous"
 
 @dataclass(frozen=True)
 class Proof:
-    """What is proved, of which program.
+    """What is proved, of which network as it was then.
 
     Attributes:
-        method: How it was proved.
-        program: Of a batch of two images.
-        eps: Radius in Linf; None for a ball of events.
+        eps: Radius in Linf.
         x: The images.
         y: Their labels.
+        operations: Of the network, for a batch of two images.
+        weights: By name.
+        refusal: Why there is no certificate, if there is none.
     """
 
-    method: str
-    program: Program
-    eps: float | None
+    eps: float
     x: Tensor
     y: Tensor
+    operations: list[dict[str, Any]]
+    weights: Arrays
+    refusal: str = ""
 
-    def save(self, path: str | Path, verified: Tensor) -> str:
-        """See :meth:`Verification.save_certificate`."""
-        if self.method == "mip":
-            raise NotImplementedError(
+    @classmethod
+    def of(
+        cls, program: Program, threat: ThreatModel, x: Tensor, y: Tensor, method: str
+    ) -> "Proof":
+        """What was proved of a program of two images."""
+        weights: Arrays = {}
+        operations: list[dict[str, Any]] = []
+        refusal = ""
+        if method == "mip":
+            refusal = (
                 'no certificates are known for method "mip", whose programs are not saved; use '
                 'verify(..., method="joint")'
             )
-        if self.eps is None:
-            raise NotImplementedError("no certificates are known for events; there are for Linf")
-        weights: dict[str, np.ndarray[Any, Any]] = {}
-        operations = _Written(weights).of(self.program)
+        elif threat.norm != "Linf":
+            refusal = "no certificates are known for events; there are for Linf"
+        else:
+            try:
+                operations = _Written(weights).of(program)
+            except NotImplementedError as error:
+                refusal = str(error)
+        images, labels = (one.detach().cpu().clone() for one in (x, y))
+        return cls(threat.eps, images, labels, operations, weights, refusal)
+
+    def save(self, path: str | Path, verified: Tensor) -> str:
+        """See :meth:`Verification.save_certificate`."""
+        if self.refusal:
+            raise NotImplementedError(self.refusal)
         numbers = verified.nonzero().squeeze(1)
         claim = {
             "images": self.x[numbers].numpy(),
             "labels": self.y[numbers].numpy(),
             "numbers": numbers.numpy(),
         }
-        network = _digest(operations, weights)
+        network = _digest(self.operations, self.weights)
         header = {
             "format": _FORMAT,
             "eps": self.eps,
             "network": network,
             "claim": _digest([network, self.eps], claim),
-            "operations": operations,
+            "operations": self.operations,
         }
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        arrays = {"header": text, **claim, **weights}
+        arrays = {"header": text, **claim, **self.weights}
         with whole_file(Path(path)) as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's allow_pickle
         return network
 
 
-def _digest(text: Any, arrays: "dict[str, np.ndarray[Any, Any]]") -> str:
+def _digest(text: Any, arrays: Arrays) -> str:
     """SHA-256 of what can be written as JSON, and of arrays by name; the checker, which imports
     nothing of this package, computes it in the same way.
     """
@@ -92,7 +113,7 @@ class _Written:
         weights: Where arrays go, by name.
     """
 
-    def __init__(self, weights: "dict[str, np.ndarray[Any, Any]]") -> None:
+    def __init__(self, weights: Arrays) -> None:
         """Nothing is written yet."""
         self._weights = weights
         self._neurons: set[str] = set()

@@ -339,13 +339,7 @@ def verify(
         broken=tuple(proofs.broken),
         stepwise=proofs.stepwise,
         apart=proofs.apart,
-        proof=Proof(
-            method=method,
-            program=proofs.program(),
-            eps=threat.eps if threat.norm == "Linf" else None,
-            x=x.detach().cpu().clone(),
-            y=y.detach().cpu().clone(),
-        ),
+        proof=Proof.of(proofs.program(), threat, x, y, method=method),
     )
 
 

@@ -37,13 +37,15 @@ def shortened(change=None):
 
 
 def short_suite(suite):
-    """One that chooses estimators, with few steps, queries and candidates."""
+    """One with few steps, queries and candidates; of one that chooses no estimators, what it has
+    for its own network stays whole.
+    """
+    plain = tuple(map(_short, suite.plain))
     if suite.search is None:
-        return suite
+        return replace(suite, plain=plain)
     few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2, final_steps=6)
     members = tuple(map(_short, suite.members))
     control = tuple(map(_short, suite.control))
-    plain = tuple(map(_short, suite.plain))
     return replace(suite, members=members, control=control, search=few, plain=plain)
 
 

@@ -2,9 +2,11 @@
 false or was changed is not, and what has no certificate is named.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import check_certificate
@@ -12,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from covering import mostly_slow
+from proofs.formulas import formula
 from proofs.networks import NEURONS, T, batch, classifier, in_steps, residual, small
+from proofs.test_networks import ROWS as LIARS
+from proofs.test_structure import ATTACKS, beside_a_weight, least_leads
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
@@ -259,6 +264,86 @@ def test_a_file_that_is_no_archive_is_refused(content, tmp_path):
     path = tmp_path / "proofs.npz"
     path.write_bytes(content)
     assert check_certificate.main([str(path)]) == 2
+
+
+def in_a_chain(between):
+    """Of operations that certificates know, one after the other."""
+    parts = {name: nn.Linear(*sizes) for name, sizes in {"fc": (2, 4), "out": (4, 4)}.items()}
+    for part in parts.values():
+        nn.init.normal_(part.weight, 0.3, 1.5)
+    nodes = {name: neuron.IFNode(step_mode="m") for name in ("node", "last")}
+    return formula(lambda net, x: net.out(net.last(between(net, net.fc(x)))), T=2, **parts, **nodes)
+
+
+def afterwards(net, x):
+    found = net.node(x)
+    x.mul_(-2)
+    return found
+
+
+IN_A_CHAIN = {
+    "twice": lambda net, x: net.node(net.node(x)),
+    "a branch that is dropped": lambda net, x: (net.node(net.out(x)), x)[1],
+    "samples as steps": lambda net, x: net.node(x.reshape(x.shape[1], -1, 4)).reshape(x.shape),
+    "a mean": lambda net, x: net.node(x).mean(0, keepdim=True).expand(x.shape),
+    "a view in place": lambda net, x: (net.node(x.view(x.shape).mul_(-3)), x)[1],
+    "in place afterwards": afterwards,
+    "a potential": lambda net, x: (net.node(x), net.node.v.expand(x.shape))[1],
+    "dtype": lambda net, x: net.node(x.int().float()),
+}
+POINTS = torch.rand(3, 2, generator=torch.Generator().manual_seed(2))
+FALSE = {name: (build, x[:8], eps) for name, (build, x, eps, _) in LIARS.items()}
+for name, attack in ATTACKS.items():
+    FALSE[f"large: {name}"] = (partial(beside_a_weight, attack, 1e8, behind=False), POINTS, 0.1)
+for name, between in IN_A_CHAIN.items():
+    FALSE[f"chain: {name}"] = (partial(in_a_chain, between), POINTS, 0.02)
+
+
+@pytest.mark.parametrize("case", FALSE)
+def test_no_network_that_was_proved_falsely_has_a_certificate_that_is_accepted(case, tmp_path):
+    build, x, eps = FALSE[case]
+    torch.manual_seed(0)
+    model = build()
+    y = model(x).argmax(1)
+    path = tmp_path / "proofs.npz"
+    with contextlib.suppress(NotImplementedError):
+        verify(model, x, y, eps).save_certificate(path)
+
+        def every(header, arrays):
+            arrays["images"], arrays["labels"] = x.numpy(), y.numpy()
+            arrays["numbers"] = np.arange(len(x))
+
+        assert (least_leads(model, x, y, eps).numpy() >= leads(forged(path, every))).all()
+
+
+def a_weight(model):
+    with torch.no_grad():
+        for part in model.parameters():
+            part.mul_(-2)
+
+
+def a_statistic(model):
+    for part in model.buffers():
+        part.add_(1)
+
+
+def a_threshold(model):
+    for part in model.modules():
+        part.v_threshold = 0.1
+
+
+@pytest.mark.parametrize("change", [a_weight, a_statistic, a_threshold])
+@pytest.mark.parametrize("node", ["DLIF", "PLIF"])
+def test_a_certificate_is_of_the_network_as_it_was_proved(node, change, tmp_path):
+    model = classifier(convolutional, NEURONS[node])
+    x, y = batch(model, 6)
+    result = verify(model, x, y, 0.01)
+    before, after = tmp_path / "before.npz", tmp_path / "after.npz"
+    name = result.save_certificate(before)
+    change(model)
+    assert result.save_certificate(after) == name
+    assert (leads(after) == leads(before)).all()
+    assert verify(model, x, y, 0.01).save_certificate(after) != name
 
 
 def of_events():

@@ -3,12 +3,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from shlex import split
 
+import check_certificate
 import evaluate
 import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, trust
-from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
+from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, undrawn, without_times
 from lab.command_line import WrongUse
 from launch import finish
 
@@ -236,6 +237,20 @@ def test_products_are_exact_where_there_are_proofs(folder, tmp_path, monkeypatch
     assert torch.backends.cudnn.allow_tf32 is not switches
 
 
+def test_the_certificate_holds_the_proofs_of_the_report(folder, tmp_path):
+    run = tmp_path / "run"
+    given = "runs/one --suite fast --no-control --test-limit 8 --eps 0.001 --certificate --output"
+    in_process(folder, *split(given), str(run))
+    proved = Report.load(run / "report.json").standing("verified")
+    network, _, eps, (images, labels, numbers) = check_certificate.read(
+        str(run / "certificate.npz")
+    )
+    assert proved
+    assert eps == 0.001
+    assert set(numbers.tolist()) == proved
+    assert (check_certificate.proved(network, images, labels, eps) > 0).all()
+
+
 @pytest.fixture
 def event_data(tmp_path, monkeypatch):
     """Tiny recordings that are taken for N-MNIST, in a data root."""
@@ -333,9 +348,12 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     assert command in (tmp_path / "board" / "reports.csv").read_text()
 
 
-def test_a_report_is_checked_and_added(folder, tmp_path, capsys, whole):
-    board = str(tmp_path / "added")
-    in_process(folder, *split("runs/one --leaderboard add whole --output"), board)
+def test_a_report_is_checked_and_added(folder, tmp_path, capsys):
+    board, few = str(tmp_path / "added"), str(tmp_path / "few")
+    options = "runs/one --suite fast --no-proofs --test-limit 50 --output"
+    with undrawn():  # whole attacks: what short ones leave, they would break
+        launch.in_process("evaluate", folder, *split(options), few)
+    in_process(folder, *split("runs/one --leaderboard add"), few, "--output", board)
     out = capsys.readouterr().out
     assert "attack again: of " in out
     assert "\nadded as " in out
