@@ -109,6 +109,8 @@ def with_tables(text: str, tables: Mapping[str, str]) -> str:
     """A page with every table between its marks."""
     for name, table in tables.items():
         begins, ends = f"<!-- {name}: begins -->\n", f"\n<!-- {name}: ends -->"
+        if begins not in text:
+            raise ValueError(f"no place for the table {name!r}: the page has no line {begins!r}")
         before, rest = text.split(begins)
         text = f"{before}{begins}{table}{ends}{rest.split(ends)[1]}"
     return text
