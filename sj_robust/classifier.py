@@ -322,7 +322,7 @@ class SpikingClassifier(nn.Module):
             return Convention(self.takes, "logits", T)
         given = None if self._T_is_its_own else self.T
         find = partial(find_convention, self.net, self._frames_of_random_images(images), given)
-        if "torch._dynamo" in sys.modules:  # a trial is not worth compiling
+        if "torch._dynamo" in sys.modules:  # else nothing compiles a trial
             find = torch.compiler.disable(find)  # type: ignore[no-untyped-call]  # torch's own
         try:
             takes = self._possible if self.takes is None else (self.takes,)

@@ -277,6 +277,12 @@ FOOLING: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+GRID = 15
+"""Steps of a pixel from 0 to 1."""
+BORDER = 30 / 255
+"""A radius between two of them."""
+
+
 class Undoes(Around):
     """Changes of exact sizes, beside the grid on which all clean pixels lie: nobody but an attack
     meets them.
@@ -291,13 +297,10 @@ class Undoes(Around):
         for size in self.sizes:
             for change in (size, -size):
                 of_grid = GRID * (x.detach() - change)
-                is_it = (of_grid - of_grid.round()).abs() < 1e-3 * GRID / 2
-                inside = inside - change * is_it
+                changed = (of_grid - of_grid.round()).abs() < 1e-3 * GRID / 2
+                inside = inside - change * changed
         return self.net(inside)
 
-
-GRID = 15
-BORDER = 30 / 255
 
 UNDOING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "the border": partial(Undoes, (BORDER,)),

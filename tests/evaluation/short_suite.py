@@ -37,8 +37,8 @@ def shortened(change=None):
 
 
 def short_suite(suite):
-    """One with few steps, queries and candidates; of one that chooses no estimators, what it has
-    for its own network stays whole.
+    """One with few steps, queries and candidates. Without a choice of estimators, only the attacks
+    on the plain copy are shortened.
     """
     plain = tuple(map(_short, suite.plain))
     if suite.search is None:

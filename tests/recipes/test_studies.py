@@ -91,6 +91,12 @@ def study(request, monkeypatch):
     return importlib.import_module(request.param)
 
 
+@pytest.mark.parametrize("study", ["tables"], indirect=True)
+def test_a_table_without_a_place_on_its_page_is_named(study):
+    with pytest.raises(ValueError, match="no place for the table 'digits'"):
+        study.with_tables("# A page\n", {"digits": "| a |"})
+
+
 @pytest.mark.parametrize("study", PAGES, indirect=True)
 def test_a_page_shows_the_tables_that_its_study_draws(study):
     tables = importlib.import_module("tables")
