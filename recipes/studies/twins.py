@@ -93,7 +93,7 @@ def measured(
         fall = GAIN_FALL if network == "falling" else 0.0
         model = convert(model, x[:1], T=int(T), gain_fall=fall)
     judge = partial(evaluate, model, eps=study["eps"], progress=False)
-    path = run / f"{options.suite}-{network}{T}.json"
+    path = run / f"{options.suite}-{network}{T}-{count}.json"
     if not path.exists():
         judge(x, y, suite=options.suite).save(path)
     report = Report.load(path)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sj_robust.attacks.call import (
     Randomness,
     checked_copies,
     crafting,
+    quicker,
     seeds_of_samples,
     wide,
 )
@@ -284,29 +285,3 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
         return 1, 1, x.shape[1]
     height, width = x.shape[-2:]
     return x[0].numel() // (height * width), height, width
-
-
-@runtime_checkable
-class _HasQuicker(Protocol):
-    """A model that knows a faster copy of itself."""
-
-    def quicker(self) -> Model | None:
-        """The copy; None if there is none."""
-
-
-@torch.no_grad()
-def quicker(model: Model, x: Tensor, logits: Tensor) -> Model:
-    """A faster copy of the model, if it has one that gives the logits of ``x`` as well; else the
-    model itself.
-
-    The copy may round differently and then spike differently, so an image that fools it has to be
-    tried on the model.
-    """
-    copy = model.quicker() if isinstance(model, _HasQuicker) else None
-    if copy is None:
-        return model
-    try:
-        found = copy(x)
-    except RuntimeError:  # a neuron that runs in two places takes more than T steps
-        return model
-    return model if differ(logits, found) else copy

@@ -218,6 +218,11 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         self.moved = {name: "torch" for name, plan in plans.items() if _moves(plan)}
 
 
+def has_estimator(model: nn.Module) -> bool:
+    """Whether an estimator is active on a network, which a copy of it would not have."""
+    return any(_MARK in vars(module) for module in model.modules())
+
+
 def _moves(plan: dict[str, Any]) -> bool:
     """Whether a neuron's backward pass runs elsewhere."""
     return "gradient" in plan or "multi_step_forward" in plan

@@ -24,7 +24,8 @@ from sj_robust.attacks import SampleSeeds, ThreatModel, spike_search
 from sj_robust.attacks._first_spikes import first_spikes
 from sj_robust.attacks._moves import MOVES, Moves, Place
 from sj_robust.attacks._spike_walk import Plan
-from sj_robust.attacks.spike_search import quicker, searched
+from sj_robust.attacks.call import quicker
+from sj_robust.attacks.spike_search import searched
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.core.host import functional
 from sj_robust.defences import HomeostaticNode

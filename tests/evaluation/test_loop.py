@@ -67,6 +67,25 @@ def test_one_batch_is_the_worst_case_function():
     assert 0 < len(outcome.rows[1].fell) < len(outcome.rows[0].stood)
 
 
+@pytest.mark.parametrize("lies", [False, True])
+def test_images_that_fool_the_copy_are_tried_on_the_network(margins, monkeypatch, lies):
+    model, x, y = margins
+    members = [Member("small", partial(fgsm, eps=0.1)), Member("rest", partial(fgsm, eps=0.2))]
+    expected = suite_run.suite_outcome(model, [(x, y)], members)
+    asked = []
+
+    def copy(images):
+        asked.append(len(images))
+        logits = model(images)
+        return logits.roll(1, 1) if lies else logits
+
+    monkeypatch.setattr(loop, "attacked_copy", lambda *given: copy)
+    found = suite_run.suite_outcome(model, [(x, y)], members)
+    assert asked
+    for row, known in zip(found.rows, expected.rows, strict=True):
+        assert (row.fell, row.digests, row.largest) == (known.fell, known.digests, known.largest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 20])
 def test_the_batch_size_does_not_matter(whole, size):

@@ -18,6 +18,7 @@ from sj_robust.core.randomness import SampleSeeds, check_seeds
 from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.member import (
     Member,
+    attacked_copy,
     check_estimator,
     clock,
     crafted,
@@ -334,8 +335,13 @@ class _Images:
         for start in range(0, len(y), self.batch_size):
             part = slice(start, start + self.batch_size)
             own = SampleSeeds(seeds[part])
-            found.append(crafted(self.model, x[part], y[part], member, seeds=own).x_adv)
+            found.append(crafted(self.copy, x[part], y[part], member, seeds=own).x_adv)
         return torch.cat(found)
+
+    @cached_property
+    def copy(self) -> Model:
+        """What the attacks ask."""
+        return self.model if self.draws > 1 else attacked_copy(self.model, self.x)
 
     @cached_property
     def mean_clean_margin(self) -> Tensor:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.result import DIGITS, Kind, Row
 from sj_robust.evaluation.run.data import Data
 from sj_robust.evaluation.run.draws import BESIDE
-from sj_robust.evaluation.run.member import Member, Variant, clock, crafted
+from sj_robust.evaluation.run.member import (
+    Crafted,
+    Member,
+    Variant,
+    attacked_copy,
+    clock,
+    crafted,
+    scored,
+)
 from sj_robust.evaluation.run.progress import (
     BatchLog,
     Images,
@@ -133,6 +141,11 @@ class Job:
         """
         return self.seeds.derived("score")
 
+    @property
+    def _may_draw(self) -> bool:
+        """Whether the network may draw random numbers."""
+        return self.asked.draws > 1 or self.asked.may_draw or self.variant.may_draw
+
     def _hit(self, rows: Tensor, x_adv: Tensor) -> Tensor:
         """Which images of the rows are wrong, each beside those of other images.
 
@@ -144,7 +157,7 @@ class Job:
             return torch.zeros_like(rows, dtype=torch.bool)
         whole = self.x.clone()
         whole[rows] = x_adv.to(whole)
-        if self.asked.draws > 1 or self.asked.may_draw or self.variant.may_draw:
+        if self._may_draw:
             return self._judged(whole, self.y, self._judging)[rows]
         others = torch.ones_like(self.y, dtype=torch.bool)
         others[rows] = False
@@ -161,6 +174,42 @@ class Job:
             return wrong
         return wrong | judge(self.plain)
 
+    @cached_property
+    def _copy(self) -> Model:
+        """What the attacks ask."""
+        return self.model if self._may_draw else attacked_copy(self.model, self.x)
+
+    def _attacked(
+        self, member: Member, rows: Tensor, starts: Tensor | None
+    ) -> tuple[Crafted, Tensor]:
+        """Images of a member, and which of them are wrong. Where rounding alone has fooled the
+        copy, the network itself is attacked.
+        """
+        made = self._crafted(self._copy, member, rows, starts)
+        hit = self._hit(rows, made.x_adv)
+        if self._copy is self.model or len(rows) == 0:
+            return made, hit
+        logits = scored(self._copy, made.x_adv, self.y[rows], seed=0)
+        missed = ((logits.argmax(1) != self.y[rows]) & ~hit).nonzero()[:, 0]
+        if len(missed) == 0:
+            return made, hit
+        few = rows[missed]
+        again = self._crafted(
+            self.model, member, few, None if starts is None else starts[:, missed]
+        )
+        hit[missed] = self._hit(few, again.x_adv)
+        distance = made.distance
+        if distance is not None and again.distance is not None:
+            distance = distance.index_copy(0, missed, again.distance)
+        return Crafted(made.x_adv.index_copy(0, missed, again.x_adv), distance), hit
+
+    def _crafted(
+        self, model: Model, member: Member, rows: Tensor, starts: Tensor | None
+    ) -> Crafted:
+        """What a member makes of the images ``rows``."""
+        x, y = self.x[rows], self.y[rows]
+        return crafted(model, x, y, member, seeds=self.seeds.rows(rows), starts=starts)
+
     def attacked(
         self, member: Member, rows: Tensor, starts: Tensor | None = None
     ) -> tuple[Step, Images]:
@@ -168,11 +217,8 @@ class Job:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             x = self.x[rows]
-            y = self.y[rows]
-            seeds = self.seeds.rows(rows)
             began = clock(x.device)
-            made = crafted(self.model, x, y, member, seeds=seeds, starts=starts)
-            hit = self._hit(rows, made.x_adv)
+            made, hit = self._attacked(member, rows, starts)
             seconds = clock(x.device) - began
         distance = made.distance
         outside = torch.zeros_like(hit)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.call import Model, crafting
+from sj_robust.attacks.call import Model, crafting, quicker
 from sj_robust.core.checks import (
     check_logits,
     check_samples,
@@ -25,6 +25,7 @@ __all__ = [
     "Judge",
     "Member",
     "Variant",
+    "attacked_copy",
     "check_estimator",
     "clock",
     "crafted",
@@ -161,6 +162,21 @@ def crafted(
         x_adv = member.attack(crafted_on, x.detach().clone(), y.clone(), generator=own, **options)
     distance = _checked_result(x_adv, x, member)
     return Crafted(x_adv.detach(), distance)
+
+
+def attacked_copy(model: Model, x: Tensor) -> Model:
+    """What attacks may ask in the place of a network that draws no random numbers: its quicker copy
+    where there is one, else the network.
+
+    An image that fools the copy has to be tried on the network.
+    """
+    with evaluation_mode(model), torch.no_grad():
+        copy = quicker(model, x, model(x))
+    if copy is model or not isinstance(model, nn.Module):
+        return model
+    from sj_robust.estimators.applied import has_estimator
+
+    return model if has_estimator(model) else copy
 
 
 def fooled(
