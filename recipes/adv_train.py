@@ -303,8 +303,6 @@ class Options:
     """Compile the network with torch.compile."""
     channels_last: Annotated[bool | None, Decides("figures")] = None
     """Use the channels-last format; None: on a GPU alone."""
-    sync_batch_norm: bool = False
-    """Synchronise batch norm over all processes."""
     workers: Annotated[NonNegativeInt, Decides("nothing")] = 0
     """Worker processes that load images."""
 
@@ -637,7 +635,6 @@ def prepared(
         log_bounds=options.log_bounds,
         weight_decay=mode.weight_decay,
         select=mode.select,
-        sync_batch_norm=options.sync_batch_norm,
         retraction=mode.retraction,
         deflation=options.deflation,
         checkpoint_steps=options.checkpoint_steps,

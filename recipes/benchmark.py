@@ -6,13 +6,9 @@ Examples:
     python recipes/benchmark.py --what batch_norm       # after batch norm
     python recipes/benchmark.py --what stage            # with pooling; bf16, channels last
     python recipes/benchmark.py --what conv4            # a training step; also vgg5
-    python recipes/benchmark.py --what conv4_adversarial  # adversarial step; also vgg5_, small_
+    python recipes/benchmark.py --what conv4_adversarial  # adversarial step; also vgg5_adversarial
     python recipes/benchmark.py --what training_step    # every training mode
-    python recipes/benchmark.py --what verify           # proofs, compared with PGD
     python recipes/benchmark.py --what joint_step       # training with joint bounds, CPU time
-    python recipes/benchmark.py --what joint_scaling    # joint bounds over T, CPU time
-    python recipes/benchmark.py --what instruction_sets  # each instruction set
-    python recipes/benchmark.py --what scaling          # time over T and over N
     python recipes/benchmark.py --output docs/benchmarks  # writes neuron.csv, .md, .png
     python recipes/benchmark.py --device cuda --output docs/benchmarks  # GPU, one hour
 
@@ -48,17 +44,12 @@ class Options:
         "neuron",
         "batch_norm",
         "stage",
-        "instruction_sets",
-        "scaling",
         "conv4",
         "vgg5",
         "conv4_adversarial",
         "vgg5_adversarial",
-        "small_adversarial",
         "training_step",
         "joint_step",
-        "joint_scaling",
-        "verify",
     ] = "neuron"
     """What to measure; see the examples."""
     shapes: Annotated[list[list[int]] | None, Yaml(list, type(None))] = None

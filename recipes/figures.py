@@ -44,7 +44,7 @@ class Options:
     - neuron: one LIF neuron (figure 1 of the paper).
     - gains: learned input gains (figure 4).
     - curves: training curves (figure 5).
-    - intensity: indicators and heat maps over eps.
+    - intensity: heat maps of MS-MPPD over eps, and a table of all indicators.
     - all: every figure for which the folder has numbers."""
 
     # intensity

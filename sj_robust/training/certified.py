@@ -15,7 +15,6 @@ from sj_robust.core.preserved import draws_numbers, preserved
 from sj_robust.core.threat import Threat, as_threat
 from sj_robust.proofs.differentiable import DifferentiableBounds, TrainedMethod
 from sj_robust.proofs.verification import PROVABLE, ball_of
-from sj_robust.training.batch_norm import batch_statistics
 
 __all__ = ["CertifiedLoss", "CertifiedOptions"]
 
@@ -142,7 +141,6 @@ class CertifiedLoss:
         with _explained():
             self._bounds = DifferentiableBounds(
                 classifier,
-                batch_statistics,
                 surrogate_width=options.surrogate_width,
                 method=options.bounds,
             )

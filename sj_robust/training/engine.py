@@ -20,7 +20,6 @@ from sj_robust.models.checkpoint import load_run
 from sj_robust.proofs import verify
 from sj_robust.proofs.soundness import UnprovableError
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
-from sj_robust.training.batch_norm import synchronised_batch_norm
 from sj_robust.training.journal import EpochRecord, Journal, catastrophic_overfitting
 from sj_robust.training.objective import Objective
 from sj_robust.training.plan import TrainingPlan
@@ -91,8 +90,6 @@ def train(
     net = objective.classifier.net
     with ExitStack() as stack:
         stack.callback(objective.zero_grad)  # nothing is left on the user's network
-        if plan.sync_batch_norm and accelerator.num_processes > 1:
-            stack.enter_context(synchronised_batch_norm(net))
         last = folder / "last.pt"
         content = load_run(last) if resume and last.exists() else None
         run = TrainingRun(

@@ -48,7 +48,6 @@ class TrainingPlan:
             is not compiled.
         channels_last: Whether images and convolutions use the channels-last format; None uses it on
             CUDA alone.
-        sync_batch_norm: Whether batch norm uses the statistics of the images of all processes.
         precise_statistics: Number of training batches over which batch norm's statistics are
             recomputed before every validation; 0 keeps their moving average.
         log_bounds: Whether the exact L2 bound of every layer is logged in each epoch; see
@@ -86,7 +85,6 @@ class TrainingPlan:
     single_step_attack: bool = True
     compile: bool = False
     channels_last: bool | None = None
-    sync_batch_norm: bool = False
     precise_statistics: int = 0
     log_bounds: bool = False
 

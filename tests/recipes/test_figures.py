@@ -111,7 +111,7 @@ def test_figure_1_is_the_recursion_by_hand(name):
 
 @pytest.mark.slow
 def test_one_command_draws_everything_as_pdf_and_png(drawn):
-    names = ["curves", "gains", "intensity_dlif_at", "intensity_dlif_at_heat_maps", "neuron"]
+    names = ["curves", "gains", "intensity_dlif_at", "neuron"]
     found = {path.name for path in drawn.glob("*.pdf")}
     assert found == {f"{name}.pdf" for name in names}
     found = {path.name for path in drawn.glob("*.png")}
@@ -119,7 +119,7 @@ def test_one_command_draws_everything_as_pdf_and_png(drawn):
     for path in drawn.glob("*.pdf"):
         content = path.read_bytes()
         assert content.startswith(b"%PDF")
-        bar = "heat_maps" in path.name  # its colours are a picture in every PDF of matplotlib
+        bar = "intensity" in path.name  # its colours are a picture in every PDF of matplotlib
         assert b"/Subtype /Image" not in content or bar, f"{path.name} is not all vectors"
 
 
@@ -130,7 +130,7 @@ def test_redraw_gives_the_same_pixels_from_the_files_alone(drawn, tmp_path, monk
     monkeypatch.setattr(figures, "from_checkpoint", None)  # nothing is to be computed
     figures.main(["--redraw", str(tmp_path)])
     again = sorted(tmp_path.glob("*.png"))
-    assert len(again) == 4
+    assert len(again) == 3
     for picture in again:
         assert (imread(picture) == imread(drawn / picture.name)).all(), picture.name
         vectors = picture.with_suffix(".pdf")

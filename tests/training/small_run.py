@@ -204,7 +204,6 @@ def quiet_attack(model, x, y, *, generator):
 # Options by name. In float64, so that N processes differ from one by rounding alone.
 SAME = {"dtype": torch.float64}
 WITH_BATCH_NORM = SAME | {"build": batch_norm_net, "epochs": 1, "perturb": quiet_attack}
-SYNCHRONISED = WITH_BATCH_NORM | {"sync_batch_norm": True}
 # Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding
 # error.
 PENALTIES = [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]
@@ -212,11 +211,11 @@ SCENARIOS = {
     "none": SAME | {"perturb": None, "epochs": 1},
     "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01, "epochs": 2},
     "parts": SAME | {"accumulate": 2, "epochs": 1},
-    "synchronised": SYNCHRONISED,
-    "penalties": SYNCHRONISED | {"objective": {"rho": 0.0, "penalties": PENALTIES}},
+    "penalties": SAME | {"objective": {"rho": 0.0, "penalties": PENALTIES}, "epochs": 1},
     "apart": WITH_BATCH_NORM,
-    "certified": SYNCHRONISED
+    "certified": SAME
     | {
+        "epochs": 1,
         "objective": {
             "loss": "certified",
             "certified_eps": 0.05,

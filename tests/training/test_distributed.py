@@ -13,7 +13,6 @@ from training import small_run
 
 from sj_robust import SpikingClassifier
 from sj_robust.training import load_checkpoint, validation
-from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
 
 pytestmark = pytest.mark.slow
 
@@ -59,15 +58,6 @@ def test_two_processes_train_the_same_weights_as_one(two, tmp_path, name):
     assert_same_training(one, other)
 
 
-def test_statistics_of_each_process_alone_train_other_weights(two):
-    """So the comparison above would see it if batch norm were not synchronised."""
-    apart = last(two / "apart")["model"]
-    together = last(two / "synchronised")["model"]
-    difference = apart["net.1.running_var"] - together["net.1.running_var"]
-    assert difference.abs().max() > 1e-4
-    assert apart.keys() == together.keys()
-
-
 def test_a_run_continues_on_another_number_of_processes(two, tmp_path):
     small_run.run(tmp_path, **small_run.CUT)
     whole = last(tmp_path)
@@ -75,20 +65,6 @@ def test_a_run_continues_on_another_number_of_processes(two, tmp_path):
     small_run.run(two / "two_to_one", **small_run.CUT, resume=True)
     assert_same_training(whole, last(two / "two_to_one"))
     assert_same_training(whole, last(two / "one_to_two"))
-
-
-def test_a_synchronised_network_is_itself_again():
-    net = small_run.batch_norm_net()
-    classes = [type(module) for module in net.modules()]
-    keys = list(net.state_dict())
-    context = synchronised_batch_norm(net)
-    context.__enter__()
-    assert isinstance(net[1], classes[2])
-    assert type(net[1]) is not classes[2]
-    assert list(net.state_dict()) == keys
-    assert context.__exit__(ValueError, ValueError(), None) is False
-    assert [type(module) for module in net.modules()] == classes
-    share_buffers(net)  # nothing to do without processes
 
 
 def test_what_cannot_be_trained_on_several_devices(tmp_path, monkeypatch):

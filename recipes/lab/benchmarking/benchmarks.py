@@ -13,7 +13,6 @@ from lab.benchmarking.layers import (
     Shape,
     Task,
     dlif,
-    dlif_on,
     lif_node,
     lif_node_for_gpu,
     norse_cell,
@@ -30,8 +29,7 @@ from lab.benchmarking.networks import (
     NetworkTask,
     Precision,
 )
-from lab.benchmarking.steps import ProvingTask, adversarial_steps, joint_steps, mode_steps
-from sj_robust.ops.dlif import cpp
+from lab.benchmarking.steps import adversarial_steps, joint_steps, mode_steps
 
 
 @dataclass(frozen=True)
@@ -111,13 +109,6 @@ _STAGE = {
     "batch norm, LIFNode, pooling": Layer(lif_node, norm=True, pools=True),
     "batch norm, textbook loop, pooling": Layer(textbook_loop, norm=True, pools=True),
 }
-_SETS = {
-    name: Layer(partial(dlif_on, instruction_set=name)) for name in reversed(cpp.INSTRUCTION_SETS)
-}
-_PROVING = {
-    "verify": partial(ProvingTask, True),
-    "PGD-20": partial(ProvingTask, False),
-}
 
 
 def _network(architecture: str) -> Benchmark:
@@ -132,8 +123,8 @@ def _network(architecture: str) -> Benchmark:
     return Benchmark(methods, peer="ReLU", shapes=(_IMAGES,))
 
 
-def _adversarial(architecture: str, shape: tuple[int, ...]) -> Benchmark:
-    return Benchmark(adversarial_steps(architecture), peer="published loop", shapes=(shape,))
+def _adversarial(architecture: str) -> Benchmark:
+    return Benchmark(adversarial_steps(architecture), peer="published loop", shapes=(_IMAGES,))
 
 
 _LARGE = (
@@ -142,33 +133,15 @@ _LARGE = (
     (4, 64, 128, 8, 8),
 )
 _IMAGES = (8, 16, 3, 32, 32)
-_SCALES = (
-    *((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)),
-    *((8, N, 8192) for N in (8, 16, 64, 128)),
-)
 
 BENCHMARKS: dict[str, Benchmark] = {
     "neuron": Benchmark(_NEURON, peer=_LIF, shapes=_LARGE, passes=5),
     "batch_norm": Benchmark(_BATCH_NORM, peer="batch norm, LIFNode", shapes=_LARGE, passes=5),
     "stage": Benchmark(_STAGE, peer="batch norm, LIFNode, pooling", shapes=_LARGE, passes=5),
-    "instruction_sets": Benchmark(
-        _SETS,
-        peer="avx512",
-        shapes=_LARGE,
-        passes=5,
-        variables={name: {cpp.INSTRUCTION_SET_VARIABLE: name} for name in _SETS},
-    ),
-    "scaling": Benchmark(
-        {name: _NEURON[name] for name in ("DLIF cpp", "DLIF eager")},
-        peer="DLIF eager",
-        shapes=_SCALES,
-        passes=5,
-    ),
     "conv4": _network("conv4"),
     "vgg5": _network("vgg5"),
-    "conv4_adversarial": _adversarial("conv4", _IMAGES),
-    "vgg5_adversarial": _adversarial("vgg5", _IMAGES),
-    "small_adversarial": _adversarial("small", (4, 64, 3, 32, 32)),
+    "conv4_adversarial": _adversarial("conv4"),
+    "vgg5_adversarial": _adversarial("vgg5"),
     "training_step": Benchmark(mode_steps(), peer="textbook loop", shapes=((4, 64, 1, 28, 28),)),
     "joint_step": Benchmark(
         joint_steps(),
@@ -176,21 +149,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         shapes=((4, 64, 1, 8, 8), (8, 64, 1, 8, 8)),
         cpu_time=True,
     ),
-    "joint_scaling": Benchmark(
-        {"verify": partial(ProvingTask, True)},
-        peer="",
-        shapes=tuple((T, 16, 1, 8, 8) for T in (4, 8, 16, 32, 64)),
-        cpu_time=True,
-    ),
-    "verify": Benchmark(_PROVING, peer="PGD-20", shapes=((4, 1000, 1, 8, 8),)),
 }
-"""``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling``
-are the neuron on each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training
-steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
+"""``neuron``, ``batch_norm`` and ``stage`` are single layers; ``conv4`` (four stages) and ``vgg5``
+are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
 ``training_step`` is the step of every training mode on a small network, each beside a textbook loop
 with SpikingJelly's LIFNode, but for ``certified``, which has none; ``joint_step`` is the step of
-the preset ``digits_joint`` beside adversarial ones, ``joint_scaling`` proofs by joint bounds over
-T, both in processor time; ``verify`` is a proof of every image beside PGD on them.
+the preset ``digits_joint`` beside adversarial ones, in processor time.
 """
 
 _GPU_LAYERS = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sj_robust.core.host import functional, layer, neuron, surrogate
 from sj_robust.neuron import DLIFNode, fuse
-from sj_robust.ops.dlif import cpp, operator
+from sj_robust.ops.dlif import operator
 
 Shape = Sequence[int]
 """[T, N, *] of a layer's input currents, [T, N, C, H, W] of images that are shown for T steps."""
@@ -62,14 +62,6 @@ def dlif(T: int, backend: str) -> nn.Module:
     """A fresh DLIFNode: decay 0.99, threshold 1, hard reset, triangle."""
     require(backend)
     return DLIFNode(T, backend=backend, step_mode="m")
-
-
-def dlif_on(T: int, instruction_set: str) -> nn.Module:
-    """A DLIFNode whose kernel has the instruction set that the environment names."""
-    if instruction_set not in cpp.instruction_sets():
-        there = ", ".join(cpp.instruction_sets())
-        raise ImportError(f"{instruction_set} does not run here; there are {there}")
-    return dlif(T, "cpp")
 
 
 def lif_node(T: int) -> nn.Module:

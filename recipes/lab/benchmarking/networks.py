@@ -26,7 +26,6 @@ from sj_robust.neuron import DLIFNode, unfuse
 
 FEATURES = VGG_FEATURES | {
     "conv4": (32, 64, "A", 128, "A", 128, "A"),
-    "small": (16, "A", 32, "A", 64, "A"),
 }
 """Channels of the convolutions, and poolings, by the name of a network."""
 

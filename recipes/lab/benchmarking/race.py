@@ -136,18 +136,13 @@ def _figures(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-OPERATOR = ("ops/test_dlif.py", "ops/test_cpp.py")
-ONE_PASS = ("ops/test_bn_dlif.py", "neuron/test_stage.py", "neuron/test_stage_seen.py")
-_OF = {
-    "neuron": OPERATOR,
-    "instruction_sets": OPERATOR,
-    "scaling": OPERATOR,
-    "training_step": (*OPERATOR, *ONE_PASS, "training/test_training_step.py"),
+_LAYERS = ("ops/test_kernels.py", "neuron/test_stage.py", "neuron/test_stage_seen.py")
+TESTS_OF = {
+    "neuron": ("ops/test_kernels.py",),
+    "training_step": (*_LAYERS, "training/test_training_step.py"),
     "joint_step": ("ops/test_trains.py", "proofs/test_training_bounds.py"),
-    "joint_scaling": ("ops/test_trains.py", "proofs/test_joint.py"),
-    "verify": (*OPERATOR, *ONE_PASS, "ops/test_trains.py", "proofs/test_verification.py"),
 }
-"""Tests of what is timed; of what is not named, those of operator and one pass."""
+"""Tests of what is timed; of what is not named, those of layers."""
 _ON_GPU = ("cupy", "triton", "not cupy and not triton")
 """Tests of one kernel run apart from those of another, which they may take along."""
 _SHORT = ("-W", "default", "--disable-warnings", "--tb=line", "-rN")
@@ -162,7 +157,7 @@ def refuse_unless_tests_pass(tests: Path, what: str) -> None:
     Raises:
         SystemExit: If one fails.
     """
-    files = _OF.get(what, (*OPERATOR, *ONE_PASS))
+    files = TESTS_OF.get(what, _LAYERS)
     result = _pytest([str(tests / name) for name in files])
     if result.returncode != 0:
         tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"

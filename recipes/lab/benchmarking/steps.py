@@ -1,5 +1,5 @@
 """The training step of every mode beside those that the papers' code runs, written down plainly;
-the floor of an adversarial step, and proofs of images beside an attack.
+the floor of an adversarial step.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,13 @@ from lab.benchmarking.networks import (
     check_same_steps,
     convolutional_network,
 )
-from sj_robust.attacks import SampleSeeds, pgd
+from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.core.host import functional, neuron
 from sj_robust.core.randomness import draw_seed, private_generator, rand, randn
-from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.models.chain import SmallConvNet
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops.trains.config import BoundsBackend
-from sj_robust.proofs import verify
 from sj_robust.proofs.windows import SpikeTrains
 
 if TYPE_CHECKING:
@@ -402,56 +400,6 @@ class FloorTask(TrainingTask):
                 graphs.append((module(x), wanted, grad))
         for output, wanted, grad in reversed(graphs):
             torch.autograd.grad(output, wanted, grad)
-
-
-class ProvingTask(Task):
-    """Joint bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the
-    network's own classes.
-
-    PGD's time does not depend on its outcome; that of the bounds does on what is undecided.
-    """
-
-    def __init__(self, proves: bool, shape: Shape) -> None:
-        """Build the network and draw the images."""
-        T, N, C, H, W = shape
-        torch.manual_seed(0)
-        spec = NetworkSpec(T=T, image_shape=(C, H, W))
-        self._model = build_classifier(spec).eval()
-        self._proves = proves
-        self._x = torch.rand(N, C, H, W)
-        with torch.no_grad():
-            self._y = self._model(self._x).argmax(1)
-        self.inputs = [self._x]
-
-    def forward(self) -> Tensor:
-        """Whether each image is verified, or broken."""
-        return self._verified(0.1) if self._proves else self._broken(0.1)
-
-    def check(self) -> None:
-        """No image is verified and broken; raises ValueError."""
-        both = self._verified(1e-4) & self._broken(1e-4)
-        if both.any():
-            raise ValueError("an image is verified and broken: neither way is timed")
-
-    def _verified(self, eps: float) -> Tensor:
-        result = verify(self._model, self._x, self._y, eps)
-        return torch.tensor(result.verified)
-
-    def _broken(self, eps: float) -> Tensor:
-        found = []
-        batches = zip(torch.split(self._x, 128), torch.split(self._y, 128), strict=True)
-        for x, y in batches:
-            x_adv = pgd(
-                self._model,
-                x,
-                y,
-                eps=eps,
-                step_size=eps / 8,
-                steps=20,
-            )
-            with torch.no_grad():
-                found.append(self._model(x_adv).argmax(1) != y)
-        return torch.cat(found)
 
 
 def _small(neuron: Callable[[int], nn.Module], shape: Shape) -> nn.Module:

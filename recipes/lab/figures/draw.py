@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lab.figures.style import (
 )
 from sj_robust.core.saved import SavedResult, saved_format
 from sj_robust.core.shown import common_scale, heat_map
-from sj_robust.perturbation.intensity import INDICATORS, IntensityCorrelation
+from sj_robust.perturbation.intensity import IntensityCorrelation
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
 _MOST_LINES = len(COLOURS)
@@ -256,101 +256,7 @@ def _short(layer: str) -> str:
     return layer.removeprefix("net.")
 
 
-_NAMES = {
-    "mppd_l1": "MPPD, l1",
-    "mppd_l2": "MPPD, l2",
-    "mppd_max": "MPPD, max",
-    "full": "with reset, l2",
-    "std": "STD",
-    "tasad": "TASAD",
-}
-_LOOKS = dict(
-    zip(INDICATORS, zip(COLOURS, LINES, MARKERS, strict=True), strict=False)
-)  # more looks than names
 _MOST_MAPS = 5
-_FEW_LAYERS = 4
-
-
-def draw_intensity(data: IntensityCorrelation) -> Figure:
-    """A row per direction: indicators over eps, their correlation with it, and whether they tell
-    who is fooled.
-    """
-    rows = len(data.directions)
-    figure = Figure(figsize=(DOUBLE, 0.4 + 2.0 * rows), layout="constrained")
-    panels = figure.subplots(rows, 4, squeeze=False)
-    for row, direction in enumerate(data.directions):
-        means, correlations, neurons, errors = panels[row]
-        _means(means, data, direction)
-        _by_layer(correlations, data, direction, "spearman")
-        _by_layer(neurons, data, direction, "per_neuron")
-        _by_layer(errors, data, direction, "auroc_same_size")
-        errors.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        titles = (
-            f"{direction}, last layer",
-            "whole layer and eps",
-            "one neuron and eps",
-            "fooled, at one eps",
-        )
-        for axes, title in zip(panels[row], titles, strict=True):
-            letter(axes, title)
-        means.set_ylabel("share of the largest")
-        means.set_xlabel("eps")
-        correlations.set_ylabel("Spearman's correlation")
-        errors.set_ylabel("AUROC")
-        for axes in (correlations, neurons, errors):
-            axes.set_xlabel("spiking layer")
-    legend(figure, panels[0, :1], loc="outside upper center", columnspacing=1.2, handlelength=2.2)
-    return figure
-
-
-def _means(axes: Axes, data: IntensityCorrelation, direction: str) -> None:
-    """Every indicator of the last layer, and the accuracy, as shares of their largest value."""
-    last = data.means[direction][data.layers[-1]]
-    for name, (colour, line, marker) in _LOOKS.items():
-        top = max(last[name])
-        shares = [value / top if top else 0.0 for value in last[name]]
-        axes.plot(data.eps, shares, color=colour, linestyle=line, marker=marker, label=_NAMES[name])
-    axes.plot(
-        data.eps, data.accuracy[direction], color=GREY, linewidth=2.2, alpha=0.5, label="accuracy"
-    )
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.05)
-
-
-def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: str) -> None:
-    """Value and interval of a measure: side by side at each of a few layers, as lines with bands
-    over many.
-    """
-    layers = len(data.layers)
-    few = layers <= _FEW_LAYERS
-    for index, (name, (colour, line, marker)) in enumerate(_LOOKS.items()):
-        found = [data.associations[direction][layer][name][measure] for layer in data.layers]
-        shift = 0.7 * ((index + 0.5) / len(_LOOKS) - 0.5) if few else 0.0
-        kept = [
-            (place + shift, *value_and_ends)
-            for place, value_and_ends in enumerate(map(astuple, found))
-            if None not in value_and_ends
-        ]
-        if not kept:
-            continue
-        places, values, low, high = map(list, zip(*kept, strict=True))
-        if few:
-            axes.vlines(places, low, high, color=colour, linewidth=0.9)
-            axes.plot(places, values, linestyle="", marker=marker, color=colour)
-        else:
-            axes.plot(
-                places,
-                values,
-                linestyle=line,
-                marker=marker,
-                markevery=(index % 3, 3),
-                color=colour,
-            )
-            axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
-    ticks = range(0, layers, math.ceil(layers / 6))
-    axes.set_xticks(ticks, [str(place + 1) for place in ticks])
-    axes.set_xlim(-0.6, layers - 0.4)
-    axes.grid(visible=False, axis="x")
 
 
 def draw_heat_maps(data: IntensityCorrelation) -> Figure:
@@ -392,15 +298,13 @@ def _spread_out(count: int) -> list[int]:
     return sorted({round(place * (count - 1) / (shown - 1)) for place in range(shown)})
 
 
-_DRAWINGS: Mapping[type[SavedResult], Mapping[str, Callable[[Any], Figure]]] = {
-    OneNeuron: {"": draw_neuron},
-    InputGains: {"": draw_gains},
-    TrainingCurves: {"": draw_curves},
-    IntensityCorrelation: {"": draw_intensity, "_heat_maps": draw_heat_maps},
+_DRAWINGS: Mapping[type[SavedResult], Callable[[Any], Figure]] = {
+    OneNeuron: draw_neuron,
+    InputGains: draw_gains,
+    TrainingCurves: draw_curves,
+    IntensityCorrelation: draw_heat_maps,
 }
-"""What draws the figures of each kind of numbers, by what they add to the name of the file with the
-numbers.
-"""
+"""What draws the figure of each kind of numbers."""
 
 
 def load_figure(path: Path) -> SavedResult:
@@ -422,21 +326,18 @@ def load_figure(path: Path) -> SavedResult:
     return kinds.get(found or "", OneNeuron).load(path)
 
 
-def draw(data: SavedResult) -> dict[str, Figure]:
-    """The figures that numbers are for, by what they add to the name of the file with the numbers.
+def draw(data: SavedResult) -> Figure:
+    """The figure that numbers are for.
 
     Examples:
-        >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
-        ['']
+        >>> len(draw(InputGains({"mine": {"0": [1.0, 0.5]}})).axes)
+        1
     """
     with print_style():
-        return {end: make(data) for end, make in _DRAWINGS[type(data)].items()}
+        return _DRAWINGS[type(data)](data)
 
 
 def redraw(path: Path) -> tuple[Path, ...]:
     """Draw a file of numbers beside it, as PDF and PNG; raises as :func:`load_figure`."""
     data = load_figure(path)
-    files: list[Path] = []
-    for end, figure in draw(data).items():
-        files += save(figure, path.parent, path.stem + end)
-    return tuple(files)
+    return save(draw(data), path.parent, path.stem)

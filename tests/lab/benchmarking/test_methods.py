@@ -25,7 +25,7 @@ for name, one in METHODS:  # every subject and every method once
     subjects, methods = ({case[i] for case in QUICK} for i in (0, 1))
     if "bf16" not in one and not (name in subjects and one in methods):
         QUICK.append((name, one))
-NEED_MORE = {"cpp", "one pass", "avx", "baseline", "sj_robust", "alone"}  # a compiler
+NEED_MORE = {"cpp", "one pass", "sj_robust", "alone"}  # a compiler
 NEED_MORE |= {"cupy", "triton", "GPU", "snnTorch", "Norse"}
 
 
