@@ -34,6 +34,7 @@ from sj_robust.ops import keep_heap
 from sj_robust.training import convert
 
 STUDY = Path(__file__).with_suffix(".yaml")
+START = "{start}"
 FEW_STEPS, GAIN_FALL = 4, 0.3
 """Up to how many steps gains that fall are tried, and how far, as validation images chose."""
 
@@ -83,8 +84,13 @@ def measured(
     """The figures of one network: accuracies in per cent, spikes and operations per image."""
     training = "twin" if network in ("relu", "falling") else network
     run = options.runs / data / f"{training}-{seed}"
-    words = shlex.split(f"{study['trainings'][training]} --judged 0 {options.more}")
-    run_recipe("adv_train.py", [*words, "--seed", str(seed)], run)
+    start = options.runs / data / f"start-{seed}"
+    words = study["trainings"][training]
+    given = f"--judged 0 --seed {seed} {options.more}"
+    if START in words:
+        run_recipe("adv_train.py", shlex.split(f"{study['start']} {given}"), start)
+        words = words.replace(START, shlex.quote(str(start / "dlif_twin_at" / "best.pt")))
+    run_recipe("adv_train.py", shlex.split(f"{words} {given}"), run)
     trained = from_checkpoint(min(run.glob("*/best.pt")).parent)  # of a twin, its ReLUs: by name
     dataset, count = trained.options["dataset"], options.images or study["images"]
     x, y = first_images(dataset, count, root=options.root)

@@ -20,6 +20,8 @@ NAMES = {
     "ms_mppd_at": "AT with MS-MPPD, DLIF",
     "mtl_ibp": "MTL-IBP, DLIF",
     "certified": "certified, DLIF",
+    "mtl_ibp_from_twin": "MTL-IBP from a twin, DLIF",
+    "certified_from_twin": "certified from a twin, DLIF",
 }
 
 
@@ -33,15 +35,15 @@ def tables(folder: Path) -> dict[str, str]:
     found, learned = {}, []
     for (data,), of_data in groups(read_table(folder / "twins.csv"), "data").items():
         cells = []
-        for (network, T), rows in groups(of_data, "network", "T").items():
-            line = [NAMES[network], T, str(len(rows))]
+        for (network, T, images), rows in groups(of_data, "network", "T", "images").items():
+            line = [NAMES[network], T, images, str(len(rows))]
             line += [with_spread(numbers(rows, name)) for name in ("clean", "left", "proved")]
             line += [f"{fmean(numbers(rows, name)):,.0f}" for name in ("spikes", "operations")]
             cells.append(line)
             gap = [with_spread(numbers(rows, name)) for name in ("learned", "learned_left")]
             if all(gap):
                 learned.append([data, NAMES[network], *gap])
-        heads = ["network", "T", "seeds", "clean, %", "left, %", "proved, %"]
+        heads = ["network", "T", "images", "seeds", "clean, %", "left, %", "proved, %"]
         found[data] = markdown_table([*heads, "spikes", "operations"], cells)
     heads = ["data", "network", "control, %", "all attacks, %"]
     return found | {"learned": markdown_table(heads, learned, words=2)}

@@ -357,7 +357,6 @@ class _HasQuicker(Protocol):
         """The copy; None if there is none."""
 
 
-@torch.no_grad()
 def quicker(model: Model, x: Tensor, logits: Tensor) -> Model:
     """A faster copy of the model, if it has one that gives the logits of ``x`` as well; else the
     model itself.

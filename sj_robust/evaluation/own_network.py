@@ -78,6 +78,8 @@ def evaluate(
     """Evaluate the robustness of your own network. 一次调用评估自己的网络。
 
     The network is not changed. With a ``folder``, the same call resumes an interrupted evaluation.
+    On Linux without a GPU, copies of this process share the attacks: as many as torch has threads
+    (``torch.set_num_threads``).
 
     Args:
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,

@@ -132,11 +132,8 @@ def test_images_are_written_before_the_step_and_only_where_somebody_takes_them(
     monkeypatch.setattr(loop.BatchLog, "keep", kept)
     monkeypatch.setattr(loop.BatchLog, "append", appended)
     suite_run.outcome_of(tmp_path, size=20, suite=members(Seen()))
-    names = ["early", "noise", "weak", "far", "pgd", "other"]
-    wanted = ["clean"]
-    for count, name in enumerate(names, 1):
-        wanted += [count, name]
-    assert order == [*wanted, "search", "last"]
+    wanted = ["clean", 1, "early", 2, "weak", 3, "pgd", "search", "last"]
+    assert order == [*wanted, "clean", "noise", "far", "clean", "other"]
     order.clear()
     suite_run.outcome_of(tmp_path / "other", size=20)
     assert not [one for one in order if isinstance(one, int)]

@@ -14,6 +14,7 @@ from sj_robust.attacks.events import Allow, flip_events, random_flips
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.timing import move_events, random_moves
 from sj_robust.core.checks import check_count, check_labels, check_model, check_samples
+from sj_robust.core.copies import in_copies, possible_copies
 from sj_robust.core.randomness import SampleSeeds, check_seeds
 from sj_robust.core.threat import ThreatModel
 from sj_robust.evaluation.run.member import (
@@ -377,22 +378,34 @@ class _Trials:
 
     def run(self, names: Sequence[str]) -> None:
         """Attack with every estimator, ``"training"`` first."""
-        for name in names:
-            self._run(name)
-
-    def _run(self, name: str) -> None:
-        """Attack with one estimator; one that this network does not allow is noted."""
         images = self.images
-        start = clock(images.x.device)
-        try:
-            x_adv, note = images.craft(self.attack, name), ""
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            if name == "training":
-                raise
-            x_adv, note = images.x, f"{type(error).__name__}: {error}"
-        seconds = clock(images.x.device) - start
-        standing, margins = images.scores(x_adv)
-        margins = margins / images.mean_clean_margin
+
+        def one(index: int, tell: object) -> tuple[list[bool], list[float], float, str]:
+            """What an estimator leaves; one that this network does not allow is noted."""
+            start = clock(images.x.device)
+            try:
+                x_adv, note = images.craft(self.attack, names[index]), ""
+            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                if names[index] == "training":
+                    raise
+                x_adv, note = images.x, f"{type(error).__name__}: {error}"
+            seconds = clock(images.x.device) - start
+            standing, margins = images.scores(x_adv)
+            return standing.tolist(), margins.tolist(), seconds, note
+
+        copies = possible_copies()
+        found = dict(in_copies(one, len(names), copies, print))
+        for index, name in enumerate(names):
+            self._add(name, *found[index])
+
+    def _add(
+        self, name: str, stood: list[bool], margin_of: list[float], seconds: float, note: str
+    ) -> None:
+        """The trial of one estimator, that of ``"training"`` first."""
+        device = self.images.x.device
+        standing = torch.tensor(stood, device=device)
+        margins = torch.tensor(margin_of, dtype=torch.float64, device=device)
+        margins = margins / self.images.mean_clean_margin
         self.standing[name] = standing
         self.left[name] = standing.double() + margins
         usual = self.standing["training"]

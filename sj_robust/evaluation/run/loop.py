@@ -4,7 +4,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sj_robust._version import __version__
 from sj_robust.attacks.call import Attack, Model
 from sj_robust.core.checks import check_labels, check_samples
+from sj_robust.core.copies import in_copies, possible_copies
 from sj_robust.core.digest import description, fingerprint
 from sj_robust.core.environment import device_of, version_of
 from sj_robust.core.preserved import evaluation_mode, seeded_network
@@ -243,18 +244,20 @@ class Job:
         return step, Images(rows, made.x_adv)
 
 
-def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
-    """Run the members in order, each on the images that are still correct in its group; members
-    that are already in the log are not run again. Yields every step.
+def run_batch(job: Job, log: BatchLog, members: Sequence[Member] | None = None) -> Iterator[Step]:
+    """Run members of the variant, all of them or those given, in order, each on the images that are
+    still correct in its group; members that are already in the log are not run again. Yields every
+    step.
     """
-    members = job.variant.members
+    if members is None:
+        members = job.variant.members
     if not log.steps:
         log.append(job.clean())
     yield log.steps[0]
     right = torch.ones_like(job.y, dtype=torch.bool)
     right[log.steps[0].fell] = False
     standing = {member.group: right.clone() for member in members}
-    spared = job.asked.spared(members, job.start, job.y)
+    spared = job.asked.spared(job.variant.members, job.start, job.y)
     taking = [number for number, member in enumerate(members, 1) if member.takes_starts]
     last = max(taking, default=0)
     for number, member in enumerate(members, 1):
@@ -263,7 +266,7 @@ def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
             if member.name in spared:
                 left = left & ~spared[member.name]
             rows = left.nonzero()[:, 0]
-            starts = _starts(job, log, number, rows) if member.takes_starts else None
+            starts = _starts(job, log, members[:number], rows) if member.takes_starts else None
             step, images = job.attacked(member, rows, starts)
             if number < last:
                 log.keep(number, images)
@@ -275,15 +278,14 @@ def run_batch(job: Job, log: BatchLog) -> Iterator[Step]:
         log.forget()
 
 
-def _starts(job: Job, log: BatchLog, number: int, rows: Tensor) -> Tensor:
-    """What the members of its group before one made of the images ``rows`` within its threat,
-    [S, n, ...]; only those since the last one that took starts itself, if there are any.
+def _starts(job: Job, log: BatchLog, members: Sequence[Member], rows: Tensor) -> Tensor:
+    """What the members of its group before the last one made of the images ``rows`` within its
+    threat, [S, n, ...]; only those since the last one that took starts itself, if there are any.
     """
-    members = job.variant.members
-    taker = members[number - 1]
+    taker = members[-1]
     allowed = Asked(taker.threat)
     giving, last = [], 0
-    for earlier, member in enumerate(members[: number - 1], 1):
+    for earlier, member in enumerate(members[:-1], 1):
         if member.group != taker.group:
             continue
         if member.takes_starts:
@@ -366,39 +368,70 @@ def run(
         variant.check_names()
     rank, processes = rank_and_world_size() if shared else (0, 1)
     jobs = list(product(variants, range(len(data))))
-    own = range(rank, len(jobs), processes)
-    mine = [jobs[number][0] for number in own]
-    clock_of_steps = _Steps(mine, len(jobs), watch or Watch())
-    latest: Variant | None = None  # whose network is the one at hand
+    chains = [
+        (number, chain)
+        for number in range(rank, len(jobs), processes)
+        for chain in range(len(_chains(jobs[number][0])))
+    ]
+    planned = [_chains(jobs[number][0])[chain] for number, chain in chains]
+    clock_of_steps = _Steps(planned, len(jobs), watch or Watch())
+    latest, changed = None, model  # a variant and its network, which is the one at hand
     kept: dict[str, Progress] = {}
-    parts: dict[int, list[Step] | str] = {}
+    for variant in variants:
+        place = folder
+        if folder is not None and len(variants) > 1:
+            place = folder / _slug(variant.name)
+        key = {} if place is None else _key(data, variant, asked, network)
+        kept[variant.name] = Progress(place, key)
+
+    def one(index: int, tell: Callable[..., object]) -> list[Step] | str:
+        nonlocal changed, latest
+        number, chain = chains[index]
+        variant, batch = jobs[number]
+        try:
+            if variant is not latest:
+                changed, latest = variant.network(model), variant
+            job = _job(changed, data, variant, batch, asked)
+            if variant.keeps_network:
+                job = replace(job, plain=plain)
+            with kept[variant.name].batch(batch, chain) as log:
+                for step in run_batch(job, log, _chains(variant)[chain]):
+                    tell(number, variant.name, step.member, step.seconds)
+                return log.steps
+        except (ValueError, NotImplementedError) as error:
+            if variant.is_plain:
+                raise
+            return f"{variant.name} was not measured: {error}."
+
+    copies = possible_copies()
+    found: dict[int, list[list[Step] | str]] = {}
     with evaluation_mode(model):
-        for number in own:
-            variant, batch = jobs[number]
-            if variant.name not in kept:
-                place = folder
-                if folder is not None and len(variants) > 1:
-                    place = folder / _slug(variant.name)
-                key = {} if place is None else _key(data, variant, asked, network)
-                kept[variant.name] = Progress(place, key)
-            progress = kept[variant.name]
-            try:
-                if variant is not latest:
-                    changed, latest = variant.network(model), variant
-                job = _job(changed, data, variant, batch, asked)
-                if variant.keeps_network:
-                    job = replace(job, plain=plain)
-                with progress.batch(batch) as log:
-                    for step in run_batch(job, log):
-                        clock_of_steps.tell(number, variant, step)
-                    parts[number] = log.steps
-            except (ValueError, NotImplementedError) as error:
-                if variant.is_plain:
-                    raise
-                parts[number] = f"{variant.name} was not measured: {error}."
+        for index, steps in in_copies(one, len(chains), copies, clock_of_steps.tell):
+            number, chain = chains[index]
+            found.setdefault(number, [[]] * len(_chains(jobs[number][0])))[chain] = steps
+    parts = {number: _merged(jobs[number][0], steps) for number, steps in found.items()}
     if shared:
         parts = gathered(parts)
     return _outcome(data.sizes, variants, parts)
+
+
+def _chains(variant: Variant) -> list[list[Member]]:
+    """The members of each group, none of which depends on those of another group."""
+    groups: dict[str, list[Member]] = {}
+    for member in variant.members:
+        groups.setdefault(member.group, []).append(member)
+    return list(groups.values()) or [[]]
+
+
+def _merged(variant: Variant, chains: Sequence[list[Step] | str]) -> list[Step] | str:
+    """The steps of a batch in the order of the members, of each chain's; or why there are none."""
+    known: list[list[Step]] = []
+    for chain in chains:
+        if isinstance(chain, str):
+            return chain
+        known.append(chain)
+    steps = {step.member: step for chain in known for step in chain}
+    return [known[0][0], *(steps[member.name] for member in variant.members)]
 
 
 def alone(
@@ -464,20 +497,20 @@ def releases() -> str:
 class _Steps:
     """The steps of this process as they are done, told to whoever watches."""
 
-    def __init__(self, variants: Sequence[Variant], jobs: int, watch: Watch) -> None:
+    def __init__(self, chains: Sequence[Sequence[Member]], jobs: int, watch: Watch) -> None:
         names: list[str] = []
-        for variant in variants:
-            names += ["clean", *(member.name for member in variant.members)]
+        for chain in chains:
+            names += ["clean", *(member.name for member in chain)]
         self._left = TimeLeft(names)
         self._jobs = jobs
         self._watch = watch
 
-    def tell(self, job: int, variant: Variant, step: Step) -> None:
+    def tell(self, job: int, variant: str, member: str, seconds: float) -> None:
         """Count a step."""
         left = self._left
-        left.add(step.member, step.seconds)
+        left.add(member, seconds)
         if self._watch.on_step is not None:
-            name = f"{variant.name}, {step.member}" if variant.name else step.member
+            name = f"{variant}, {member}" if variant else member
             seconds = left.seconds()
             position = Position(job, self._jobs, name, left.done, left.total, seconds)
             self._watch.on_step(position)

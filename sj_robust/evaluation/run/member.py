@@ -170,7 +170,7 @@ def attacked_copy(model: Model, x: Tensor) -> Model:
 
     An image that fools the copy has to be tried on the network.
     """
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.enable_grad():  # as attacks ask
         copy = quicker(model, x, model(x))
     if copy is model or not isinstance(model, nn.Module):
         return model

@@ -62,8 +62,8 @@ class Progress:
                 write_whole(path, json.dumps(dict(key), indent=2) + "\n")
 
     @contextmanager
-    def batch(self, number: int) -> Iterator["BatchLog"]:
-        """Open a batch: the steps known so far, to which others are added.
+    def batch(self, number: int, chain: int = 0) -> Iterator["BatchLog"]:
+        """Open a chain of a batch: the steps known so far, to which others are added.
 
         Raises:
             BlockingIOError: If another process has taken up the batch.
@@ -71,7 +71,8 @@ class Progress:
         if self._folder is None:
             yield BatchLog()
             return
-        path = self._folder / f"batch-{number:06d}.jsonl"
+        name = f"batch-{number:06d}" + (f"-{chain}" if chain else "")
+        path = self._folder / f"{name}.jsonl"
         busy = f"{path} is being written by another process: is this evaluation running already?"
         with (
             locked(path.with_suffix(".lock"), busy),
