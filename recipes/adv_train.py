@@ -272,13 +272,6 @@ class Options:
     """Optimizer."""
     lr: Annotated[float, Often()] = 0.1
     """Initial learning rate; it decays to 0 (cosine)."""
-    milestones: tuple[float, ...] = ()
-    """Shares of the epochs after which the learning rate drops to a fifth; empty: cosine."""
-    precise_statistics: NonNegativeInt = 0
-    """Training batches used to recompute batch-norm statistics before validation; 0: use the moving
-    average."""
-    gradient_clip: float | None = None
-    """Largest L2 norm of the gradient; None: no clipping."""
     momentum: Annotated[float, Idle(lambda options: options.optimizer == "adam")] = 0.9
     """Momentum of SGD."""
     weight_decay: float | None = None
@@ -309,8 +302,6 @@ class Options:
     # output
     checkpoint_steps: Annotated[PositiveInt | None, Decides("nothing")] = None
     """Steps between checkpoints; None: one checkpoint per epoch."""
-    log_bounds: Annotated[bool, Decides("nothing")] = False
-    """Log the exact L2 bound of every layer (VGG-11: 9 s per epoch)."""
     trackers: Annotated[
         tuple[Literal["wandb", "mlflow"], ...],
         Often(),
@@ -628,11 +619,7 @@ def prepared(
         channels_last=options.channels_last,
         accumulate=options.accumulate,
         lr=options.lr,
-        milestones=options.milestones,
-        gradient_clip=options.gradient_clip,
-        precise_statistics=options.precise_statistics,
         optimizer=options.optimizer,
-        log_bounds=options.log_bounds,
         weight_decay=mode.weight_decay,
         select=mode.select,
         retraction=mode.retraction,

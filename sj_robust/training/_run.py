@@ -2,7 +2,6 @@
 continued.
 """
 
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,6 @@ from sj_robust.core.weights import weights
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.defences import deflate_
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
-from sj_robust.training.batch_norm import measure_statistics, share_buffers
 from sj_robust.training.journal import EpochRecord, Journal
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.penalties import project_parameters_, retract_
@@ -33,15 +31,12 @@ from sj_robust.training.processes import (
     mixed,
     random_state,
     set_random_state,
+    share_buffers,
     store_channels_last,
 )
 from sj_robust.training.validation import Validation
 
 __all__ = ["NonFiniteLossError", "TrainingRun", "check_outputs"]
-
-
-_FALL = 0.2
-"""What is left of the learning rate behind a milestone."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -84,7 +79,7 @@ class TrainingRun:
         if self.channels_last:
             store_channels_last(self.classifier)
         optimizer = _optimizer(objective, plan, accelerator.device)
-        self.scheduler = _schedule(optimizer, plan)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
             # shared once per step, so that attacks see the same ones too
@@ -128,8 +123,6 @@ class TrainingRun:
 
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
-        if self.plan.precise_statistics:
-            self._measure_statistics()
         with self._explained():
             validation = self.validation.accuracy(
                 self.classifier,
@@ -259,9 +252,6 @@ class TrainingRun:
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         if self.plan.deflation:
             deflate_(weights(self.classifier))
-        if self.plan.gradient_clip is not None:
-            parameters = self.objective.parameters()
-            self.accelerator.clip_grad_norm_(parameters, self.plan.gradient_clip)
         self.optimizer.step()
         self.stepped |= not self.optimizer.step_was_skipped
         project_parameters_(self.classifier)
@@ -279,17 +269,6 @@ class TrainingRun:
             self.objective.certified.progress = progress
         for penalty in self.objective.penalties:
             penalty.progress = progress
-
-    def _measure_statistics(self) -> None:
-        """Batch norm's running statistics over the first batches of the present epoch."""
-        self.batches.epoch = self.epoch
-        self.batches.first_batch = 0
-        chosen = itertools.islice(self.training_loader, self.plan.precise_statistics)
-        images = (self._moved(batch[0]) for batch in chosen)
-        seed = mixed(self.plan.seed, self.epoch)
-        with seeded_network(self.classifier, seed, self.accelerator.device):
-            measure_statistics(self.classifier, images)
-        share_buffers(self.classifier)
 
     def _part(self, x: Tensor, y: Tensor, seeds: SampleSeeds, perturb: Attack | None) -> Tensor:
         """Forward and backward pass of a part of this process's images; the losses, on their
@@ -400,17 +379,6 @@ def _groups(objective: Objective) -> list[dict[str, Any]]:
     known = set(map(id, kept))
     others = [one for one in objective.parameters() if id(one) not in known]
     return [{"params": others}, {"params": kept, "weight_decay": 0.0}]
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, plan: TrainingPlan
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """How the learning rate falls, epoch by epoch."""
-    if not plan.milestones:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
-    last = max(plan.epochs - 1, 1)
-    epochs = [min(max(round(share * plan.epochs), 1), last) for share in plan.milestones]
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, epochs, gamma=_FALL)
 
 
 def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:

@@ -115,9 +115,8 @@ def train(
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
                 journal.show_status("perturbation and gain of every layer")
-                scalars = run.validation.scalars(
-                    run.classifier, next(iter(validation_attacks.values())), bounds=plan.log_bounds
-                )
+                attack = next(iter(validation_attacks.values()))
+                scalars = run.validation.scalars(run.classifier, attack)
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)
             run.raise_if_interrupted(run.agreed_signal(received))

@@ -18,17 +18,12 @@ class TrainingPlan:
     """Number of epochs, optimizer, schedule and the other settings of a training. 训练计划。
 
     Attributes:
-        epochs: Passes over the training images, over which the learning rate decays to 0 (cosine)
-            or drops at milestones.
+        epochs: Passes over the training images, over which the learning rate decays to 0 (cosine).
         batch_size: Images per step over all processes together.
         accumulate: Number of equal parts into which every process splits its share of a step, to
             save memory; their gradients are averaged, and batch norm sees one part at a time.
         optimizer: ``"sgd"`` or ``"adam"``.
         lr: Initial learning rate.
-        milestones: Shares of the epochs, in (0, 1), after which the learning rate drops to a fifth,
-            rounded to whole epochs, after the first and before the last; empty for the cosine.
-        gradient_clip: Largest L2 norm of the gradient of all parameters; a longer gradient is
-            scaled down. None does not clip.
         momentum: Momentum of SGD; not used by Adam.
         weight_decay: Weight decay of all parameters, including DLIF's input gains.
         retraction: Length beta of the step of every weight towards orthonormal rows after the
@@ -48,17 +43,12 @@ class TrainingPlan:
             is not compiled.
         channels_last: Whether images and convolutions use the channels-last format; None uses it on
             CUDA alone.
-        precise_statistics: Number of training batches over which batch norm's statistics are
-            recomputed before every validation; 0 keeps their moving average.
-        log_bounds: Whether the exact L2 bound of every layer is logged in each epoch; see
-            ``perturbation_gains``.
 
     Raises:
         TypeError: If ``lr``, ``weight_decay`` or ``retraction`` is no number.
         ValueError: If a number is out of range.
 
-    Source: training recipe of Ding et al. (ICML 2024), section 5; milestones and clipping as in
-        Shi et al., "Fast Certified Robust Training with Short Warmup" (NeurIPS 2021).
+    Source: training recipe of Ding et al. (ICML 2024), section 5.
 
     Examples:
         >>> TrainingPlan(epochs=30, batch_size=128, accumulate=2).lr
@@ -70,8 +60,6 @@ class TrainingPlan:
     accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
-    milestones: tuple[float, ...] = ()
-    gradient_clip: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     retraction: float = 0.0
@@ -85,8 +73,6 @@ class TrainingPlan:
     single_step_attack: bool = True
     compile: bool = False
     channels_last: bool | None = None
-    precise_statistics: int = 0
-    log_bounds: bool = False
 
     def __post_init__(self) -> None:
         at_least_one = {"epochs": self.epochs, "accumulate": self.accumulate}
@@ -104,21 +90,6 @@ class TrainingPlan:
             )
         check_choice("verified_method", self.verified_method, get_args(TrainedMethod))
         check_size("lr", self.lr, positive=True)
-        if self.precise_statistics < 0:
-            raise ValueError(
-                f"precise_statistics must be >= 0, got {self.precise_statistics}; it is a number "
-                "of batches"
-            )
-        outside = [share for share in self.milestones if not 0.0 < share < 1.0]
-        if outside:
-            raise ValueError(
-                f"milestones must be in (0, 1), got {outside}; they are shares of the epochs"
-            )
-        if self.gradient_clip is not None and not 0.0 < self.gradient_clip < float("inf"):
-            raise ValueError(
-                f"gradient_clip must be > 0 and finite, got {self.gradient_clip}; None clips "
-                "nothing"
-            )
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sj_robust.core.convention import Takes
@@ -22,6 +23,7 @@ __all__ = [
     "mixed",
     "random_state",
     "set_random_state",
+    "share_buffers",
     "store_channels_last",
 ]
 
@@ -161,3 +163,17 @@ def store_channels_last(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def share_buffers(net: nn.Module) -> None:
+    """Give every process the floating-point buffers of the first, in one message; only where there
+    are processes.
+    """
+    buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    if not buffers or not dist.is_available() or not dist.is_initialized():
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(flat, 0)
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, values in zip(buffers, torch.split(flat, sizes), strict=True):
+        buffer.copy_(values.view_as(buffer))

@@ -38,7 +38,6 @@ from sj_robust.neuron.charging import find_neurons
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.proofs import verify
 from sj_robust.proofs.differentiable import TrainedMethod
-from sj_robust.proofs.gains import perturbation_gains
 from sj_robust.proofs.gains.design import gain_scalars
 from sj_robust.training.journal import EpochRecord, Journal, catastrophic_overfitting
 from sj_robust.training.modes import NOISE
@@ -126,15 +125,10 @@ class Validation:
             found = verify(model, x, y, threat, method=method, batch_size=_BATCH)
         return sum(found.verified)
 
-    def scalars(
-        self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False
-    ) -> dict[str, float]:
+    def scalars(self, classifier: SpikingClassifier, attack: Attack) -> dict[str, float]:
         """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images,
         and every gain; none for a network without spiking neurons that can be followed, or with
         some that SpikingJelly's ``memopt`` runs.
-
-        With ``bounds`` also the exact L2 bound of every layer that has one: its gain times the norm
-        of the linear map before it.
         """
         net = classifier.net
         x, y = next(self._batches())
@@ -154,11 +148,6 @@ class Validation:
                 scalars |= {
                     f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())
                 }
-        if bounds:
-            # two digits are enough for a log
-            for layer in perturbation_gains(classifier, x[:1], tolerance=1e-2).layers:
-                if layer.l2 is not None and layer.l2.value is not None:
-                    scalars[f"l2_bound/{layer.name}"] = layer.l2.value
         return scalars | gain_scalars(net, classifier.T)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,7 +17,6 @@ from evaluation.short_suite import shortened
 from filelock import FileLock
 from lab.command_line import idle
 from launch import ROOT, finish, start
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sj_robust.core.environment import CODE_KEY
 from sj_robust.defences import ClippedReLU
@@ -281,22 +280,10 @@ def test_a_time_constant_without_a_leak_is_ignored(neuron, named):
     assert "tau" not in idle(replace(options, reference=True))
 
 
-def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
-    options = (
-        *QUICK,
-        *split("--epochs 1 --no-reference --log-bounds --mode none --rho 1"),
-    )
+def test_options_without_effect_are_in_the_log(tmp_path, capsys):
+    options = (*QUICK, *split("--epochs 1 --no-reference --mode none --rho 1"))
     in_process(tmp_path, *options, *split("--norm l1 --hidden 8 8"))
     assert "ignored with the other options given: hidden, norm, rho\n" in capsys.readouterr().out
-    events = EventAccumulator(
-        str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
-    ).Reload()
-    for layer in ("stages.0.node", "stages.2.node"):
-        bound, gain = (
-            events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain")
-        )
-        assert bound > 0
-        assert bound != gain
 
 
 CONFIGS = ROOT / "recipes" / "configs"

@@ -13,7 +13,6 @@ from torch.utils.data import TensorDataset
 from training import small_run
 
 from sj_robust import DLIFNode
-from sj_robust.data import ShuffledBatches
 from sj_robust.proofs.gains import l2_gain, peak_gain
 from sj_robust.training import (
     GradientSparsity,
@@ -77,70 +76,6 @@ def test_a_second_step_has_momentum_and_the_cosine_learning_rate(tmp_path, momen
             value.data -= lr * velocity[name]
     for name, value in by_hand.named_parameters():
         assert_close(trained.get_parameter(name), value, rtol=1e-9, atol=1e-12)
-
-
-def flat(net):
-    """All parameters as one vector."""
-    return nn.utils.parameters_to_vector(net.parameters()).detach()
-
-
-@pytest.mark.parametrize("clip", [0.01, 1e9])
-def test_a_gradient_longer_than_the_clip_is_scaled_down_to_it(tmp_path, clip):
-    one_step = {
-        "data": small_run.splits(16),
-        "epochs": 1,
-        "perturb": None,
-        "momentum": 0.0,
-        "weight_decay": 0.0,
-    }
-    _, start = small_run.run(tmp_path / "a", lr=1e-8, **one_step)
-    _, plain = small_run.run(tmp_path / "b", lr=1.0, **one_step)
-    _, clipped = small_run.run(tmp_path / "c", lr=1.0, gradient_clip=clip, **one_step)
-    first = flat(start)
-    whole_step = flat(plain) - first
-    length = float(whole_step.norm())
-    assert length > 0.02
-    expected = whole_step * min(1.0, clip / length)
-    assert_close(flat(clipped) - first, expected, rtol=1e-3, atol=1e-6)
-
-
-MILESTONES = [
-    (5, (0.4, 0.8), [0.1, 0.1, 0.02, 0.02, 0.004]),
-    (5, (0.05,), [0.1, 0.02, 0.02, 0.02, 0.02]),  # not from the start
-    (5, (0.95,), [0.1, 0.1, 0.1, 0.1, 0.02]),  # not never
-    (1, (0.5,), [0.1]),
-]
-
-
-@pytest.mark.parametrize(("epochs", "milestones", "expected"), MILESTONES)
-def test_the_learning_rate_falls_to_a_fifth_at_milestones(tmp_path, epochs, milestones, expected):
-    options = {"epochs": epochs, "milestones": milestones, "perturb": None}
-    history, _ = small_run.run(tmp_path, data=small_run.splits(16), **options)
-    assert [record.lr for record in history] == pytest.approx(expected)
-
-
-def test_statistics_are_means_over_batches_with_the_last_weights(tmp_path):
-    options = {"build": small_run.batch_norm_net, "epochs": 2, "perturb": None}
-    _, moving = small_run.run(tmp_path / "a", **options)
-    _, measured = small_run.run(tmp_path / "b", precise_statistics=3, **options)
-    assert_same(dict(moving.named_parameters()), dict(measured.named_parameters()))
-    first = measured.net[1]
-    batches = ShuffledBatches(64, 16, seed=3)
-    images = small_run.splits().train.tensors[0]
-    means = []
-    variances = []
-    for i in range(3):
-        batch = images[batches.indices(1, i)]
-        seen = measured.net[0](batch.unsqueeze(0))[0].detach()
-        means.append(seen.mean((0, 2, 3)))
-        variances.append(seen.var((0, 2, 3)))
-    expected = torch.stack(means).mean(0)
-    assert_close(first.running_mean, expected, rtol=1e-5, atol=1e-6)
-    # A batch norm counts its images T times, which divides by another number less one.
-    expected = torch.stack(variances).mean(0)
-    assert_close(first.running_var, expected, rtol=1e-2, atol=1e-6)
-    assert first.momentum == moving.net[1].momentum == 0.1
-    assert not torch.allclose(first.running_mean, moving.net[1].running_mean)
 
 
 def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):

@@ -45,7 +45,6 @@ GATED = (partial(DLIFNode, T=3, tau=4.0), StochasticGate)
 RUNS = {
     "dropout": {"dropout": 0.3},
     "certified": {"objective": CERTIFIED, "select": "verified", "verified": THREAT},
-    "milestones": {"milestones": (0.4, 0.7)},
     "noise": of_nodes(partial(NoisyLIFNode, 4.0)),
     "leak": of_nodes(partial(EvolvingLeakNode, 3)),
     "homeostasis": of_nodes(partial(HomeostaticNode, 3, 4.0)),
