@@ -90,7 +90,9 @@ def in_copies(
 
 
 def _begin(task: Callable[[int, _Tell], object], put: Callable[[tuple[Any, ...]], None]) -> None:
-    """What a copy does first."""
+    """What a copy does first; an interrupt is for this process, which then stops the copies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     _given[:] = task, lambda *what: put(what)
