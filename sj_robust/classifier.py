@@ -208,10 +208,11 @@ class SpikingClassifier(nn.Module):
 
     def quicker(self) -> "SpikingClassifier | None":
         """A copy whose IF, LIF and PLIF neurons run on DLIF's kernels; None if the network has no
-        such neurons, runs them step by step or is itself one. 更快的等价副本。
+        such neurons, runs them step by step, is itself one or shares parts with its copies.
+        更快的等价副本。
 
         Its logits equal those of the network up to rounding, which can change a spike. It is meant
-        for attacks that need no gradient.
+        for attacks.
 
         Examples:
             >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
@@ -223,6 +224,8 @@ class SpikingClassifier(nn.Module):
         if not neurons or self.net in neurons or not multi_step or "T" not in vars(self):
             return None
         duplicate = copy.deepcopy(self)
+        if set(duplicate.net.modules()) & set(self.net.modules()):  # its copies share parts with it
+            return None
         return duplicate if replace_neurons(duplicate.net, self.T).replaced else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingClassifier":

@@ -235,6 +235,16 @@ def test_a_neuron_without_a_reset_or_a_step_mode_is_one_of_sequences():
         assert_close(crafted_on(x), expected)
 
 
+def test_a_network_that_copies_share_has_no_quicker_copy():
+    class Shared(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return self
+
+    net = Shared(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+    assert SpikingClassifier(net, T=2).quicker() is None
+    assert type(net[2]) is neuron.LIFNode
+
+
 def test_the_first_forward_may_be_under_vmap():
     x, y = make_images(3), torch.tensor([0, 1, 0])
     model = SpikingClassifier(make_net(spiking_neuron=partial(DLIFNode, 2)), T=2).eval()
