@@ -67,12 +67,11 @@ class Ascent:
                 grad = self.grad
                 score = goal.score(self.x_adv, labels)
             self.see(step, score.loss, grad)
-            if keep_best and bool(score.fooled.any()):
-                found = score.fooled
+            if keep_best and len(found := score.fooled.nonzero().squeeze(1)):
                 best.offer(
                     self.rows[found], self.x_adv[found], score.loss[found], score.fooled[found]
                 )
-                self._keep(~found)
+                self._keep((~score.fooled).nonzero().squeeze(1))
                 if len(self.rows) == 0:
                     return
         none_fooled = torch.zeros_like(self.rows, dtype=torch.bool)
@@ -94,11 +93,11 @@ class Ascent:
         self.top_grad = torch.where(higher_image, grad, self.top_grad)
         self.arrive(step)
 
-    def _keep(self, mask: Tensor) -> None:
-        """Continue with only the samples of the mask."""
+    def _keep(self, standing: Tensor) -> None:
+        """Continue with only some samples, given by their indices."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(self, name, value[mask])
+                setattr(self, name, value[standing])
         self.project = self.ball.projection(self.x)
 
 

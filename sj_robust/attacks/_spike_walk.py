@@ -187,14 +187,15 @@ class _Walk:
         return of_rival.squeeze(2)
 
     def keep(self, stays: Tensor) -> None:
-        """Continue with some of the samples."""
+        """Continue with some of the samples, given by their indices."""
         self.rows = self.rows[stays]
         self.rival = self.rival[stays]
         self.x = self.x[stays]
         self.leads = self.leads[stays]
         self.value = self.value[stays]
         self.slope = self.slope[stays]
-        chains = stays.repeat_interleave(self.chains)
+        every = torch.arange(self.chains, device=stays.device)
+        chains = (stays[:, None] * self.chains + every).flatten()
         self.centre = self.centre[chains]
         self.y = self.y[chains]
         self.low = self.low[chains]
@@ -212,8 +213,8 @@ class _Walk:
             cooled = max(0.0, 1 - turn / (_WARM * self.turns))
             kind = plan.moves[turn % len(plan.moves)]
             fell = self.turn(kind, drawn, heat, cooled)
-            if bool(fell.any()):
-                stays = ~fell
+            if fell is not None:
+                stays = (~fell).nonzero().squeeze(1)
                 self.keep(stays)
                 numbers = [part[stays] for part in numbers]
                 seeds = seeds.rows(stays)
@@ -239,8 +240,8 @@ class _Walk:
         """Candidate moves of a kind, one of which is tried."""
         return 1 if kind in FLIPS else self.search.plan.choice
 
-    def turn(self, kind: str, drawn: Tensor, heat: Tensor, cooled: float) -> Tensor:
-        """One move of every chain; which samples have fallen, [S]."""
+    def turn(self, kind: str, drawn: Tensor, heat: Tensor, cooled: float) -> Tensor | None:
+        """One move of every chain; which samples have fallen, [S], or None if none has."""
         search = self.search
         images = self.propose(kind, drawn)
         logits = logits_of(search.quicker, images.view_as(self.centre), self.y)
@@ -259,26 +260,30 @@ class _Walk:
         before = search.best[self.rows]
         search.best[self.rows] = torch.minimum(before, least)
         is_wrong = logits.argmax(1) != self.y
-        wrong = self.confirmed(images, is_wrong).view(shape)
+        wrong_ones = self.confirmed(images, is_wrong.nonzero().squeeze(1))
+        if len(wrong_ones) == 0:
+            return None
+        wrong = torch.zeros_like(is_wrong)
+        wrong[wrong_ones] = True
+        wrong = wrong.view(shape)
         fell = wrong.any(1)
-        if bool(fell.any()):
-            rows = self.rows[fell]
-            first_wrong = wrong.int().argmax(1)
-            wrong_ones = images.view_as(self.x)[fell, first_wrong[fell]]
-            search.x_adv[rows] = wrong_ones.view_as(search.x[rows])
-            search.fooled[rows] = True
+        fallen = fell.nonzero().squeeze(1)
+        first_wrong = wrong.int().argmax(1)
+        rows = self.rows[fallen]
+        images_of_fallen = images.view_as(self.x)[fallen, first_wrong[fallen]]
+        search.x_adv[rows] = images_of_fallen.view_as(search.x[rows])
+        search.fooled[rows] = True
         return fell
 
     def confirmed(self, images: Tensor, wrong: Tensor) -> Tensor:
-        """Which of the images that the copy gets ``wrong`` [n] the network gets wrong as well."""
+        """Indices of the images that the network gets wrong, among those of the copy, ``wrong``."""
         search = self.search
-        if search.quicker is search.network or not bool(wrong.any()):
+        if search.quicker is search.network or len(wrong) == 0:
             return wrong
         asked = images.view_as(self.centre)[wrong]
-        logits = logits_of(search.network, asked, self.y[wrong])
-        found = wrong.clone()
-        found[wrong] = logits.argmax(1) != self.y[wrong]
-        return found
+        labels = self.y[wrong]
+        logits = logits_of(search.network, asked, labels)
+        return wrong[logits.argmax(1) != labels]
 
     def propose(self, kind: str, drawn: Tensor) -> Tensor:
         """An image of every chain, [n, P], inside the ball and in the dtype of the images."""

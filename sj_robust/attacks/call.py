@@ -209,7 +209,7 @@ class Best:
         """Keep images ``x_adv`` of the samples ``rows`` that are better than the best so far."""
         kept_fooled = self.fooled[rows]
         higher = (fooled == kept_fooled) & (loss > self.loss[rows])
-        better = (fooled & ~kept_fooled) | higher
+        better = ((fooled & ~kept_fooled) | higher).nonzero().squeeze(1)
         rows = rows[better]
         self.x_adv[rows] = x_adv[better]
         self.fooled[rows] = fooled[better]

@@ -202,7 +202,7 @@ def pgd(
                 if keep_best:
                     best.offer(rows, x_adv, score.loss, score.fooled)
                 if stop_early and bool(score.fooled.any()):
-                    left = ~score.fooled
+                    left = (~score.fooled).nonzero().squeeze(1)
                     rows = rows[left]
                     if len(rows) == 0:
                         return best.x_adv

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attacks.table import Recorder, fooled, seeded, two_classes
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_robust.attacks import (
     ThreatModel,
@@ -17,8 +18,10 @@ from sj_robust.attacks import (
     pgd,
     rfgsm,
     salt_and_pepper,
+    spike_search,
     uniform,
 )
+from sj_robust.core.checks import taken_for_checked
 from sj_robust.core.randomness import draw_seed, private_generator, randn
 
 WEIGHT = np.array([[0.3, -0.7, 0.2, 0.0], [-0.5, 0.1, 0.9, 0.0], [0.4, 0.6, -0.8, 0.0]])
@@ -381,3 +384,44 @@ def test_salt_and_pepper_replaces_the_share_asked_for(amount, dtype):
     for value, share in ((0, amount / 2), (1, amount / 2), (0.5, 1 - amount)):
         found = (noisy == value).double().mean().item()
         assert found == pytest.approx(share, abs=0.01)
+
+
+class Waits(TorchDispatchMode):
+    """How often a GPU would be waited for: a value or a length that depends on values is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asked = func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+        )
+        places = args[1] if func.overloadpacket.__name__.startswith("index") else ()
+        masks = isinstance(places, (list, tuple)) and any(
+            isinstance(place, torch.Tensor) and place.dtype == torch.bool for place in places
+        )
+        self.count += asked or masks
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("attack", "most"),
+    [
+        (partial(apgd, eps=0.02, steps=100), 2.2),
+        (partial(pgd, eps=0.02, step_size=0.005, steps=100), 2.2),
+        (partial(spike_search, eps=0.02, forwards=20_000, moves=["elements"]), 3.0),
+    ],
+    ids=["apgd", "pgd", "spike_search"],
+)
+def test_an_evaluation_waits_for_a_gpu_a_few_times_per_forward(attack, most):
+    x = torch.rand(64, 4, generator=seeded())
+    y = three_classes(x).argmax(1)
+    with Waits() as waits, taken_for_checked():
+        recorder = Recorder(three_classes)
+        x_adv = attack(recorder, x, y, generator=seeded())
+    fallen = fooled(three_classes, x_adv, y)
+    assert 0 < fallen.sum() < len(x)
+    assert waits.count <= most * len(recorder.seen)
